@@ -1,0 +1,117 @@
+"""What can go wrong, as a tree of exceptions. No dependency, no torch, no Ray.
+
+The decision here: an error is a *user's mistake* (`UserError`: fix the input, exit code 2, never
+retried), a *transient fault* (`TransientError`: the task retries it), or neither. Every class takes
+one message, so that it pickles across processes with nothing lost; `raise ... from cause` carries
+the cause.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "ConfigError",
+    "DataDamageError",
+    "DataError",
+    "FencedError",
+    "GraphError",
+    "ObjectNotFoundError",
+    "PoolError",
+    "ReplicaDiedError",
+    "ResourcesError",
+    "RewardError",
+    "RlhfFlowsError",
+    "RunBusyError",
+    "RunConflictError",
+    "ShardError",
+    "StoreDamageError",
+    "StoreError",
+    "StoreProbeError",
+    "SyncError",
+    "TransientError",
+    "UserError",
+    "WaitTimeoutError",
+]
+
+
+class RlhfFlowsError(Exception):
+    """The root: everything this package raises on purpose."""
+
+
+class UserError(RlhfFlowsError):
+    """The input is wrong. Never retried; the command line exits with code 2."""
+
+
+class TransientError(RlhfFlowsError):
+    """The world failed (a process, a node, a network). Worth another try on repaired pools."""
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run."""
+
+
+class DataError(UserError):
+    """Prompts, samples or columns that cannot be used."""
+
+
+class GraphError(UserError):
+    """A flow function that cannot be traced into a graph."""
+
+
+class RewardError(UserError):
+    """A reward function that cannot be imported, raises, or returns something unusable."""
+
+
+class RunConflictError(UserError):
+    """A run name that already belongs to another configuration."""
+
+
+class RunBusyError(UserError):
+    """A run whose newest attempt is alive."""
+
+
+class ResourcesError(UserError):
+    """The cluster or the machine has less than what was asked for."""
+
+
+class ShardError(UserError):
+    """User code failed on a shard: module, method, shard, sample and cause in one message."""
+
+
+class StoreError(RlhfFlowsError):
+    """The object store cannot be used as asked."""
+
+
+class StoreProbeError(StoreError, UserError):
+    """The store does not hold its promise of put-if-absent."""
+
+
+class ObjectNotFoundError(StoreError):
+    """No object under this key."""
+
+
+class StoreDamageError(StoreError):
+    """An object's size or digest is not the committed one."""
+
+
+class DataDamageError(RlhfFlowsError):
+    """Bytes that should be a shard and are not."""
+
+
+class FencedError(RlhfFlowsError):
+    """A newer attempt of the run took over. Terminal: never retried."""
+
+
+class PoolError(RlhfFlowsError):
+    """A pool of actors cannot do what was asked."""
+
+
+class ReplicaDiedError(PoolError, TransientError):
+    """A replica of a pool died while it worked."""
+
+
+class SyncError(PoolError):
+    """Weights did not arrive as they were sent."""
+
+
+class WaitTimeoutError(TransientError):
+    """A wait ended without what it waited for; the message names it."""
