@@ -1,0 +1,210 @@
+"""`BaseModule`: what a user writes for one model, and what a worker calls on it.
+
+A module object lives twice. In the user's program it is a name and constructor arguments; calling
+its methods inside a flow records a graph. In a worker it is set up once (`setup`) and lives across
+episodes, retries and flow runs. It knows nothing of Ray, Prefect or Parquet, so it can be run and
+tested in one process: `attach(ModuleContext(...))`, `setup()`, then its methods.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.graph import is_tracing, record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rlhf_flows.data.batch import Batch
+
+__all__ = ["BaseModule", "ModuleContext"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModuleContext:
+    """Where a module runs: handed to it by its worker before `setup`."""
+
+    seed: int = 0
+    """Seed of the run; a worker seeds torch, numpy and random from it, the module and the rank."""
+    rank: int = 0
+    world_size: int = 1
+    replica: int = 0
+    num_replica: int = 1
+    num_threads: int = 1
+    """CPU threads this worker may use."""
+    device: str = "cpu"
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    """The module's section of the configuration."""
+    runtime_args: Mapping[str, Any] = field(default_factory=dict)
+    """The runtime section of the configuration."""
+
+
+class BaseModule:
+    """One model, or anything else that a flow calls: a reward function, a judge, a tool.
+
+    Override what the role needs: `setup` always; `forward_step` to turn batches into batches;
+    `train_step` to learn; `build_dataset` where the module comes first in its flow.
+    A batch is a dict of columns of one length (`rlhf_flows.data.batch`); one row is one sample.
+    """
+
+    generates: ClassVar[bool] = False
+    """Whether calls of this module sample from a model: such calls are the rollout phase."""
+
+    _name: str
+    _context: ModuleContext
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> BaseModule:
+        # The name is taken here, so that a subclass whose __init__ calls no super() still has one.
+        self = super().__new__(cls)
+        name = kwargs.get("name", args[0] if args else None)
+        self.__dict__["_name"] = name if isinstance(name, str) else cls.__name__
+        self.__dict__["_context"] = ModuleContext()
+        return self
+
+    def __init__(self, name: str | None = None) -> None:
+        if name is not None:
+            self._name = name
+
+    def __getattribute__(self, attribute: str) -> Any:
+        value = object.__getattribute__(self, attribute)
+        if attribute.startswith("_") or not is_tracing() or not callable(value):
+            return value
+        return partial(_call_or_record, self, attribute, value)
+
+    # ---- identity -------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The module's name: its identity in the configuration, the pools and the store."""
+        return self._name
+
+    @property
+    def context(self) -> ModuleContext:
+        return self._context
+
+    @property
+    def rank(self) -> int:
+        return self._context.rank
+
+    @property
+    def world_size(self) -> int:
+        return self._context.world_size
+
+    @property
+    def is_last_rank(self) -> bool:
+        return self._context.rank == self._context.world_size - 1
+
+    @property
+    def num_replica(self) -> int:
+        return self._context.num_replica
+
+    @property
+    def model_args(self) -> Mapping[str, Any]:
+        return self._context.model_args
+
+    @property
+    def runtime_args(self) -> Mapping[str, Any]:
+        return self._context.runtime_args
+
+    def attach(self, context: ModuleContext) -> None:
+        """Called by the worker before `setup`."""
+        self._context = context
+
+    # ---- life -----------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Checks, in the user's program, that this module can run; raises before any actor starts.
+
+        Cheap: paths, names, numbers. No model is loaded here.
+        """
+
+    def setup(self) -> None:
+        """Loads the model, once, in the worker."""
+
+    def before_episode(self, episode: int) -> None:
+        """Called on a trainable module before it trains on an episode."""
+
+    def after_episode(self, episode: int) -> None:
+        """Called on a trainable module after it trained on an episode, before the commit."""
+
+    # ---- work -----------------------------------------------------------------------------
+
+    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> Any:
+        """A `torch.utils.data.Dataset` of the rows that `set_dataset` was given.
+
+        Asked of the first module of a flow. An item is a dict; `collate_fn` of the dataset, where
+        it has one, makes a batch of a list of items.
+        """
+        raise ConfigError(
+            f"module {self.name!r} comes first in its flow but has no build_dataset: define"
+            f" {type(self).__name__}.build_dataset(prompts, is_eval) to return a Dataset"
+        )
+
+    def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
+        """One batch in, one batch out, row by row."""
+        raise ConfigError(
+            f"module {self.name!r} is called in a flow but {type(self).__name__} defines no"
+            " forward_step(data, iteration)"
+        )
+
+    def eval_step(self, data: Batch) -> Batch:
+        """What evaluation calls; `forward_step` where not overridden."""
+        return self.forward_step(data)
+
+    def prepare_batch(self, data: Batch) -> Batch:
+        """Called once per global batch, with whole groups, before it is cut into micro-batches.
+
+        The place for what needs to see siblings together (group advantages) or the whole batch
+        (normalization). May add columns; must keep the rows and their order.
+        """
+        return data
+
+    def micro_batches(self, data: Batch) -> list[Batch]:
+        """Cuts a prepared global batch into what one forward and backward pass takes."""
+        return [data]
+
+    def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float] | None:
+        """One global batch, as a list of micro-batches: one optimizer step. Returns metrics."""
+        raise ConfigError(
+            f"module {self.name!r} is trained in a flow but {type(self).__name__} defines no"
+            " train_step(data, iteration)"
+        )
+
+    # ---- weights and state ----------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights under their Hugging Face names, in a fixed order; what a sync sends."""
+        raise ConfigError(f"module {self.name!r} ({type(self).__name__}) has no weights to export")
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes weights under their Hugging Face names; all of them, or raises."""
+        raise ConfigError(f"module {self.name!r} ({type(self).__name__}) cannot load weights")
+
+    def save_state(self, folder: Path) -> None:
+        """Writes what training needs beside the weights: optimizer, schedule, random states."""
+
+    def load_state(self, folder: Path) -> None:
+        """Takes back what `save_state` wrote; the weights were loaded before."""
+
+    def save_pretrained(self, folder: Path) -> None:
+        """Writes the weights as a Hugging Face folder that any reader loads."""
+        raise ConfigError(f"module {self.name!r} ({type(self).__name__}) has no weights to save")
+
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities [len - 1] of each sequence's tokens after its first, at temperature 1.
+
+        A param sync compares them between trainer and sampler.
+        """
+        raise ConfigError(f"module {self.name!r} ({type(self).__name__}) computes no logprobs")
+
+
+def _call_or_record(
+    module: BaseModule, attribute: str, method: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    symbol = record(module, attribute, args, kwargs)
+    return method(*args, **kwargs) if symbol is None else symbol
