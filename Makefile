@@ -1,0 +1,46 @@
+# The commands of the project. Each prepares the virtual environment it needs (scripts/install.sh).
+# PYTHON=…: the interpreter to make it with. ARGS=…: passed on to the command.
+
+VENV ?= .venv
+export VENV PYTHON
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help train test test-all check fix bench install dev clean
+
+help: ## list these commands
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+train: install ## train the quickstart: a small policy gets visibly better, on CPU, within minutes
+	$(BIN)/rlhf-flows train quickstart $(ARGS)
+
+test: dev ## run the tests (all but those marked slow, s3 or gpu)
+	$(BIN)/pytest $(ARGS)
+
+test-all: dev ## run the slow tests as well
+	$(BIN)/pytest -m "not s3 and not gpu" $(ARGS)
+
+check: dev ## lint, format and types, as the tests of style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: dev ## let ruff format the code and fix what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: ## run the benchmarks, or one: make bench ONLY=overhead
+	scripts/install.sh --dev --bench
+	@set -e; for main in benchmarks/$(or $(ONLY),*)/__main__.py; do \
+		name=$$(basename $$(dirname $$main)); echo "== $$name"; \
+		$(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+install: ## make the virtual environment a run needs
+	@scripts/install.sh
+
+dev: ## and what tests and lint need
+	@scripts/install.sh --dev
+
+clean: ## remove the virtual environment and all caches (never a run)
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
