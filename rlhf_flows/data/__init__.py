@@ -1,1 +1,67 @@
-"""."""
+"""Samples as data: batches, plans of episodes, streams of shards, Arrow and Parquet, prompts.
+
+Names are loaded when they are first used: the flow process plans and streams without torch, and
+a reader of Parquet does not pay for what it does not touch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_flows.data.batch import Batch, batch_size, collate, concat, select, to_samples
+    from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
+    from rlhf_flows.data.plan import (
+        EpisodePlan,
+        GroupRef,
+        PlannedShard,
+        make_plan,
+        permutation,
+        sample_id,
+        sample_seed,
+        training_batches,
+    )
+
+__all__ = [
+    "COLUMNS",
+    "COLUMNS_VERSION",
+    "GENERATED_COLUMNS",
+    "Batch",
+    "Column",
+    "EpisodePlan",
+    "GroupRef",
+    "PlannedShard",
+    "batch_size",
+    "collate",
+    "concat",
+    "make_plan",
+    "permutation",
+    "sample_id",
+    "sample_seed",
+    "select",
+    "to_samples",
+    "training_batches",
+]
+
+_HOME = {
+    "batch": ["Batch", "batch_size", "collate", "concat", "select", "to_samples"],
+    "columns": ["COLUMNS", "COLUMNS_VERSION", "GENERATED_COLUMNS", "Column"],
+    "plan": [
+        "EpisodePlan",
+        "GroupRef",
+        "PlannedShard",
+        "make_plan",
+        "permutation",
+        "sample_id",
+        "sample_seed",
+        "training_batches",
+    ],
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
