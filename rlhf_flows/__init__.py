@@ -1,1 +1,56 @@
-"""RLHF and RL post-training of language models as Prefect flows on persistent Ray actor pools."""
+"""RLHF and RL post-training of language models as Prefect flows on persistent Ray actor pools.
+
+The names below are loaded when first used, so that `import rlhf_flows` costs nothing: no torch,
+Ray, vLLM, Megatron or Prefect.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rlhf_flows.data import StreamDataset
+    from rlhf_flows.engine import Engine, Environment, Evaluator, GRPOEngine, SFTEngine, Trainer
+    from rlhf_flows.modules import BaseModule, TorchModule, VLLMModule
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BaseModule",
+    "Engine",
+    "Environment",
+    "Evaluator",
+    "GRPOEngine",
+    "SFTEngine",
+    "StreamDataset",
+    "TorchModule",
+    "Trainer",
+    "VLLMModule",
+    "__version__",
+]
+
+_HOMES = {
+    "BaseModule": "rlhf_flows.modules",
+    "Engine": "rlhf_flows.engine",
+    "Environment": "rlhf_flows.engine",
+    "Evaluator": "rlhf_flows.engine",
+    "GRPOEngine": "rlhf_flows.engine",
+    "SFTEngine": "rlhf_flows.engine",
+    "StreamDataset": "rlhf_flows.data",
+    "TorchModule": "rlhf_flows.modules",
+    "Trainer": "rlhf_flows.engine",
+    "VLLMModule": "rlhf_flows.modules",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value  # the next look-up does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})
