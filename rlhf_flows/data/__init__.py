@@ -10,6 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_flows.data.arrow import (
+        from_arrow,
+        from_parquet,
+        parquet_metadata,
+        to_arrow,
+        to_parquet,
+    )
     from rlhf_flows.data.batch import Batch, batch_size, collate, concat, select, to_samples
     from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
     from rlhf_flows.data.plan import (
@@ -35,16 +42,22 @@ __all__ = [
     "batch_size",
     "collate",
     "concat",
+    "from_arrow",
+    "from_parquet",
     "make_plan",
+    "parquet_metadata",
     "permutation",
     "sample_id",
     "sample_seed",
     "select",
+    "to_arrow",
+    "to_parquet",
     "to_samples",
     "training_batches",
 ]
 
 _HOME = {
+    "arrow": ["from_arrow", "from_parquet", "parquet_metadata", "to_arrow", "to_parquet"],
     "batch": ["Batch", "batch_size", "collate", "concat", "select", "to_samples"],
     "columns": ["COLUMNS", "COLUMNS_VERSION", "GENERATED_COLUMNS", "Column"],
     "plan": [

@@ -155,7 +155,9 @@ def _concat_column(name: str, parts: list[Any]) -> Any:
         v is None or (isinstance(v, Tensor) and v.ndim == 1) for v in rows
     ):
         return [v for p in said for v in (p.unbind(0) if isinstance(p, Tensor) else p)]
-    shapes = ", ".join(sorted({str(list(p.shape)) for p in tensors} | ({"a list"} if rows else set())))
+    shapes = ", ".join(
+        sorted({str(list(p.shape)) for p in tensors} | ({"a list"} if rows else set()))
+    )
     raise DataError(
         f"column {name!r} has shapes that cannot be joined ({shapes}): "
         "only rows of one shape, or 1-D rows, can"

@@ -182,8 +182,9 @@ def make_plan(
         down = sample_per_episode // group_size * group_size
         near = " or ".join(str(n) for n in (down, down + group_size) if n)
         raise ConfigError(
-            f"sample_per_episode={sample_per_episode} is not a multiple of group_size={group_size}: "
-            f"it counts completions, and every prompt gets {group_size}; use {near}"
+            f"sample_per_episode={sample_per_episode} is not a multiple of "
+            f"group_size={group_size}: it counts completions, and every prompt gets "
+            f"{group_size}; use {near}"
         )
     num_groups = sample_per_episode // group_size
     positions = np.arange(episode * num_groups, (episode + 1) * num_groups, dtype=np.int64)
@@ -231,9 +232,7 @@ def training_batches(
         )
     groups = [GroupRef(s.index, i) for s in plan.shards for i in range(len(s.rows))]
     if shuffle:
-        order = permutation(
-            len(groups), plan.run_seed, "training", plan.episode, plan.wave, epoch
-        )
+        order = permutation(len(groups), plan.run_seed, "training", plan.episode, plan.wave, epoch)
         groups = [groups[i] for i in order]
     width = samples_per_batch // plan.group_size
     return [groups[i : i + width] for i in range(0, len(groups), width)]
