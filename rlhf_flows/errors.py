@@ -26,6 +26,7 @@ __all__ = [
     "StoreDamageError",
     "StoreError",
     "StoreProbeError",
+    "StoreUnavailableError",
     "SyncError",
     "TransientError",
     "UserError",
@@ -79,6 +80,10 @@ class ShardError(UserError):
 
 class StoreError(RlhfFlowsError):
     """The object store cannot be used as asked."""
+
+
+class StoreUnavailableError(StoreError, TransientError):
+    """The store did not answer, or answered that it cannot now. Another try may well succeed."""
 
 
 class StoreProbeError(StoreError, UserError):

@@ -1,1 +1,51 @@
-"""."""
+"""The store is the truth: immutable objects by put-if-absent, and what they mean for a run."""
+
+from rlhf_flows.store.attempts import (
+    Attempt,
+    check_fence,
+    end_attempt,
+    newest_attempt,
+    take_attempt,
+)
+from rlhf_flows.store.checkpoints import FolderRecord, delete_folder, fetch_folder, upload_folder
+from rlhf_flows.store.commit import Commit, commit_bytes, commit_json, read_json
+from rlhf_flows.store.layout import KeyParts, RunLayout, ShardPhase, check_run_name, parse_key
+from rlhf_flows.store.objects import FileRecord, ObjectInfo, ObjectStore
+from rlhf_flows.store.open import open_store
+from rlhf_flows.store.probe import probe_put_if_absent
+from rlhf_flows.store.runs import RunRecord, config_digest, open_run
+from rlhf_flows.store.scan import EpisodeState, EvaluationState, RunState, scan, scan_keys
+
+__all__ = [
+    "Attempt",
+    "Commit",
+    "EpisodeState",
+    "EvaluationState",
+    "FileRecord",
+    "FolderRecord",
+    "KeyParts",
+    "ObjectInfo",
+    "ObjectStore",
+    "RunLayout",
+    "RunRecord",
+    "RunState",
+    "ShardPhase",
+    "check_fence",
+    "check_run_name",
+    "commit_bytes",
+    "commit_json",
+    "config_digest",
+    "delete_folder",
+    "end_attempt",
+    "fetch_folder",
+    "newest_attempt",
+    "open_run",
+    "open_store",
+    "parse_key",
+    "probe_put_if_absent",
+    "read_json",
+    "scan",
+    "scan_keys",
+    "take_attempt",
+    "upload_folder",
+]

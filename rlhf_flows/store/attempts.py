@@ -1,0 +1,152 @@
+"""Attempts: numbered executions of a run. The number is the fencing token.
+
+The decision here: each number is taken once, by put-if-absent, and the highest one rules. That two
+processes both work is made harmless by the fence, not prevented by a lock: a lock would need a
+clock. Only the impatient second start on the same machine, whose first is plainly alive, is
+refused.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import psutil
+
+from rlhf_flows.errors import FencedError, RunBusyError
+from rlhf_flows.store.commit import commit_json, read_json
+from rlhf_flows.store.layout import RunLayout, parse_key
+from rlhf_flows.store.objects import ObjectStore
+
+__all__ = ["Attempt", "check_fence", "end_attempt", "newest_attempt", "take_attempt"]
+
+_PACKAGES = ("rlhf-flows", "torch", "ray", "prefect", "vllm")
+_START_TOLERANCE_S = 2.0
+"""A process's start is reckoned from the boot time, which moves a little as clocks are set."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Attempt:
+    """One execution of a run by one flow process."""
+
+    number: int
+    flow_run_id: str | None
+    host: str
+    pid: int
+    process_started_s: float
+    """Unix time. Tells the process from a later one with the same pid."""
+    started_at: str
+    """UTC, ISO 8601."""
+    versions: dict[str, str | None]
+    """Of Python and of what runs; None where it is not installed."""
+    changed: dict[str, Any]
+    """Fields that differ from `run.json`."""
+
+
+def take_attempt(
+    store: ObjectStore,
+    run: str,
+    *,
+    flow_run_id: str | None,
+    changed: dict[str, Any],
+    takeover: bool = False,
+) -> Attempt:
+    """Take the next number, which fences every attempt before.
+
+    Raises `RunBusyError` if the newest attempt has not ended and its process is alive on this
+    host (and is not this one), unless `takeover`.
+    """
+    layout = RunLayout(run)
+    mine = _this_process()
+    while True:
+        numbers, ended = _listed(store, layout)
+        newest = max(numbers, default=0)
+        if newest and newest not in ended and not takeover:
+            _refuse_if_alive(run, newest, read_json(store, layout.attempt(newest)), mine)
+        record = {
+            "run": run,
+            "number": newest + 1,
+            "flow_run_id": flow_run_id,
+            "started_at": _now(),
+            "versions": _versions(),
+            "changed": changed,
+            **mine,
+        }
+        # Not mine: somebody was faster. Look again, as that one may be alive.
+        if commit_json(store, layout.attempt(newest + 1), record).mine:
+            del record["run"]
+            return Attempt(**record)
+
+
+def end_attempt(store: ObjectStore, run: str, number: int, outcome: str) -> None:
+    """Record how the attempt ended. The first record stands."""
+    record = {"number": number, "outcome": outcome, "ended_at": _now()}
+    commit_json(store, RunLayout(run).attempt_ended(number), record)
+
+
+def newest_attempt(store: ObjectStore, run: str) -> int:
+    """The highest number taken; 0 if there is none."""
+    numbers, _ = _listed(store, RunLayout(run))
+    return max(numbers, default=0)
+
+
+def check_fence(store: ObjectStore, run: str, number: int) -> None:
+    """Raise `FencedError` when a newer attempt has taken over."""
+    newest = newest_attempt(store, run)
+    if newest > number:
+        raise FencedError(
+            f"attempt {number} of run {run!r} was replaced by attempt {newest}: it stops here, "
+            "the newer one goes on"
+        )
+
+
+def _listed(store: ObjectStore, layout: RunLayout) -> tuple[set[int], set[int]]:
+    """Numbers of the attempts, and of those that have ended; one listing."""
+    infos = store.list(layout.attempts_prefix)
+    parts = [part for info in infos if (part := parse_key(layout.run, info.key))]
+    return (
+        {part.number for part in parts if part.kind == "attempt"},
+        {part.number for part in parts if part.kind == "attempt_ended"},
+    )
+
+
+def _this_process() -> dict[str, Any]:
+    pid = os.getpid()
+    started = psutil.Process(pid).create_time()
+    return {"host": socket.gethostname(), "pid": pid, "process_started_s": started}
+
+
+def _refuse_if_alive(run: str, number: int, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+    if theirs["host"] != mine["host"] or theirs["pid"] == mine["pid"]:
+        return
+    try:
+        process = psutil.Process(theirs["pid"])
+        started, status = process.create_time(), process.status()
+    except psutil.NoSuchProcess:
+        return
+    is_same = abs(started - theirs["process_started_s"]) <= _START_TOLERANCE_S
+    if is_same and status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
+        raise RunBusyError(
+            f"run {run!r} is busy: attempt {number} is alive as process {theirs['pid']} on "
+            f"{theirs['host']}, since {theirs['started_at']}: wait for it, stop it, or start with "
+            "takeover=true to replace it"
+        )
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = None
+    return versions
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,177 @@
+"""What exists of a run, hence what is missing: resume as a pure function of one listing.
+
+The decision here: nothing is read. Keys alone say which shards count, which episodes are trained,
+which evaluations are done; so scanning costs one listing however large the shards are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+from rlhf_flows.store.layout import KeyParts, RunLayout, ShardPhase, parse_key
+from rlhf_flows.store.objects import ObjectStore
+
+__all__ = ["EpisodeState", "EvaluationState", "RunState", "scan", "scan_keys"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EpisodeState:
+    """What exists of one episode."""
+
+    episode: int
+    plans: tuple[int, ...]
+    """Waves that are planned."""
+    rollout: Mapping[int, str]
+    """Shard index -> key of the generation that counts."""
+    scoring: Mapping[int, str]
+    quarantined: tuple[str, ...]
+    """Sample ids."""
+    trained: bool
+    damaged: Mapping[tuple[ShardPhase, int], int]
+    """(phase, shard index) -> newest generation that is known to be damaged."""
+
+    def shards(self, phase: ShardPhase) -> Mapping[int, str]:
+        return self.rollout if phase == "rollout" else self.scoring
+
+    def missing(self, phase: ShardPhase, indices: Iterable[int]) -> list[int]:
+        """Those of the planned `indices` that have no shard yet."""
+        there = self.shards(phase)
+        return [index for index in indices if index not in there]
+
+    def next_generation(self, phase: ShardPhase, index: int) -> int:
+        """The generation under which a missing shard is to be written."""
+        return self.damaged.get((phase, index), -1) + 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationState:
+    """What exists of one evaluation of one policy version."""
+
+    shards: Mapping[int, str]
+    """Shard index -> key."""
+    done: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunState:
+    """What exists of a run."""
+
+    exists: bool
+    """Whether there is a `run.json`."""
+    attempts: tuple[int, ...]
+    episodes: Mapping[int, EpisodeState]
+    evaluations: Mapping[tuple[int, str], EvaluationState]
+    """By (policy version, digest of the evaluation)."""
+    folders: frozenset[str]
+    """Prefixes of checkpoints and weights with at least one file; real only if a commit says so."""
+    deleted: frozenset[str]
+    """Prefixes of checkpoints and weights that retention has deleted, or began to."""
+
+    @property
+    def trained_episodes(self) -> int:
+        """How many episodes in a row, from the first, are trained."""
+        count = 0
+        while (state := self.episodes.get(count)) is not None and state.trained:
+            count += 1
+        return count
+
+    def episode(self, number: int) -> EpisodeState:
+        """The state of one episode; empty if nothing of it exists."""
+        return self.episodes.get(number) or _Episode().state(number)
+
+
+def scan(store: ObjectStore, run: str) -> RunState:
+    """One listing of the run, no reads."""
+    return scan_keys(run, (info.key for info in store.list(run)))
+
+
+def scan_keys(run: str, keys: Iterable[str]) -> RunState:
+    """Pure: the same for the same keys, in any order. Keys of anything else are ignored."""
+    layout = RunLayout(run)
+    attempts: list[int] = []
+    episodes: dict[int, _Episode] = {}
+    shards: dict[tuple[int, str], dict[int, str]] = {}
+    done: set[tuple[int, str]] = set()
+    folders: set[str] = set()
+    deleted: set[str] = set()
+    exists = False
+    for key in keys:
+        parts = parse_key(run, key)
+        match parts:
+            case None:
+                continue
+            case KeyParts(kind="run"):
+                exists = True
+            case KeyParts(kind="attempt"):
+                attempts.append(parts.number)
+            case KeyParts(kind="checkpoint_file"):
+                folders.add(layout.checkpoint_prefix(parts.version, parts.word))
+            case KeyParts(kind="weights_file"):
+                folders.add(layout.weights_prefix(parts.version, parts.word))
+            case KeyParts(kind="deleted"):
+                deleted.add(f"{run}/{parts.rest}")
+            case KeyParts(kind="evaluation_shard"):
+                shards.setdefault((parts.version, parts.word), {})[parts.index] = key
+            case KeyParts(kind="evaluation_done"):
+                shards.setdefault((parts.version, parts.word), {})
+                done.add((parts.version, parts.word))
+            case KeyParts() if parts.episode >= 0:
+                episodes.setdefault(parts.episode, _Episode()).add(parts, key)
+    return RunState(
+        exists=exists,
+        attempts=tuple(sorted(attempts)),
+        episodes={number: episodes[number].state(number) for number in sorted(episodes)},
+        evaluations={
+            which: EvaluationState(shards=dict(sorted(found.items())), done=which in done)
+            for which, found in sorted(shards.items())
+        },
+        folders=frozenset(folders),
+        deleted=frozenset(deleted),
+    )
+
+
+@dataclass(slots=True)
+class _Episode:
+    """What a scan has seen of one episode so far."""
+
+    waves: list[int] = field(default_factory=list)
+    quarantined: list[str] = field(default_factory=list)
+    trained: bool = False
+    damaged: dict[tuple[ShardPhase, int], int] = field(default_factory=dict)
+    shards: dict[tuple[ShardPhase, int], tuple[int, str]] = field(default_factory=dict)
+    """(phase, shard index) -> newest generation and its key."""
+
+    def add(self, parts: KeyParts, key: str) -> None:
+        match parts.kind:
+            case "plan":
+                self.waves.append(parts.wave)
+            case "quarantine":
+                self.quarantined.append(parts.word)
+            case "trained":
+                self.trained = True
+            case "tombstone" if parts.phase:
+                which = parts.phase, parts.index
+                self.damaged[which] = max(parts.generation, self.damaged.get(which, 0))
+            case "shard" if parts.phase:
+                which = parts.phase, parts.index
+                if parts.generation >= self.shards.get(which, (0, ""))[0]:
+                    self.shards[which] = parts.generation, key
+
+    def state(self, episode: int) -> EpisodeState:
+        def counting(phase: ShardPhase) -> dict[int, str]:
+            return {
+                index: key
+                for (of, index), (generation, key) in sorted(self.shards.items())
+                if of == phase and generation > self.damaged.get((of, index), -1)
+            }
+
+        return EpisodeState(
+            episode=episode,
+            plans=tuple(sorted(self.waves)),
+            rollout=counting("rollout"),
+            scoring=counting("scoring"),
+            quarantined=tuple(sorted(self.quarantined)),
+            trained=self.trained,
+            damaged=self.damaged,
+        )
