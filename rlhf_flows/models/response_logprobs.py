@@ -1,0 +1,138 @@
+"""Logprobs of responses under a causal model: the one pass that policies, references and
+supervised training share.
+
+Letters: B samples, T response tokens of all samples, flat, in sample order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_flows.models.logprob_head import ScoredTokens, selected_logprobs
+from rlhf_flows.models.shared_prefix import build_layout
+
+__all__ = ["Layout", "padded_logprobs", "response_logprobs", "siblings_of", "window_of"]
+
+Layout = Literal["auto", "shared_prefix", "padded"]
+
+
+def response_logprobs(
+    model: Any,
+    prompts: Sequence[Tensor],  # B of [p]
+    responses: Sequence[Tensor],  # B of [r]
+    groups: Sequence[int] | None = None,  # B: neighbours of equal group share their prompt
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+    layout: Layout = "auto",
+) -> ScoredTokens:
+    """Logprob of every response token at `temperature`, flat in sample order.
+
+    `model` was loaded by `load_causal_lm`. "auto" takes the shared-prefix layout, except for
+    batches longer than the model's sliding window, whose masks only the padded one knows.
+    """
+    if layout == "auto":
+        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+        layout = "padded" if longest > window_of(model.config) else "shared_prefix"
+    if layout == "padded":
+        return padded_logprobs(
+            model, prompts, responses, temperature=temperature, entropy=entropy
+        )
+    siblings = siblings_of(prompts, groups)
+    starts = [sum(siblings[:i]) for i in range(len(siblings))]
+    head = model.get_output_embeddings().weight
+    plan = build_layout(
+        [prompts[i] for i in starts],
+        responses,
+        siblings,
+        dtype=model.dtype,
+        device=head.device,
+    )
+    hidden = model.get_decoder()(
+        input_ids=plan.input_ids,
+        position_ids=plan.position_ids,
+        # Any mask of four dimensions is passed on as it is; the layout's attention ignores it.
+        attention_mask=torch.empty(1, 1, 1, 1, device=head.device),
+        use_cache=False,
+        layout=plan,
+    ).last_hidden_state[0]
+    scored = selected_logprobs(
+        plan.scored_hidden(hidden),
+        head,
+        plan.score_rows,
+        plan.score_targets,
+        temperature=temperature,
+        entropy=entropy,
+    )
+    return ScoredTokens(
+        logprobs=scored.logprobs.index_select(0, plan.sample_order),
+        entropy=None if scored.entropy is None else scored.entropy[plan.sample_order],
+    )
+
+
+def padded_logprobs(
+    model: Any,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> ScoredTokens:
+    """The same by one padded row per sample: for sliding windows, and to compare with."""
+    head = model.get_output_embeddings().weight
+    device = head.device
+    rows = [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
+    lengths = torch.tensor([len(x) for x in rows])
+    input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    longest = input_ids.shape[1]
+    mask = torch.arange(longest) < lengths[:, None]
+    hidden = model.get_decoder()(
+        input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
+    ).last_hidden_state  # [B, longest, D]
+    # The token before each response token predicts it.
+    chosen = torch.cat(
+        [
+            torch.arange(len(r)) + (i * longest + len(p) - 1)
+            for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
+        ]
+    )
+    scored = selected_logprobs(
+        hidden.flatten(0, 1).index_select(0, chosen.to(device)),
+        head,
+        torch.arange(len(chosen), device=device),
+        torch.cat(list(responses)).to(device),
+        temperature=temperature,
+        entropy=entropy,
+    )
+    return scored
+
+
+def siblings_of(prompts: Sequence[Tensor], groups: Sequence[int] | None) -> list[int]:
+    """How many neighbouring samples share each prompt: equal group and equal tokens."""
+    siblings: list[int] = []
+    for i, prompt in enumerate(prompts):
+        if (
+            groups is not None
+            and i > 0
+            and groups[i] == groups[i - 1]
+            and (prompt is prompts[i - 1] or torch.equal(prompt, prompts[i - 1]))
+        ):
+            siblings[-1] += 1
+        else:
+            siblings.append(1)
+    return siblings
+
+
+def window_of(config: Any) -> float:
+    """Longest sequence for which every layer sees everything; infinite without sliding windows."""
+    window = getattr(config, "sliding_window", None)
+    if window is None:
+        return float("inf")
+    kinds = getattr(config, "layer_types", None)
+    if kinds is not None and "sliding_attention" not in kinds:
+        return float("inf")
+    return float(window)

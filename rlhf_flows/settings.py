@@ -1,0 +1,168 @@
+"""Settings of the algorithms and optimizers: what a recipe's configuration is built from.
+
+The decision here: a formula's variants are fields of one frozen model, never flags read somewhere
+below; what contradicts itself is refused when the object is made. Imports pydantic alone.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+__all__ = ["GRPOSettings", "OptimizerSettings", "SFTSettings", "Settings"]
+
+
+class Settings(BaseModel):
+    """Base of all settings: frozen, unknown fields refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
+    )
+
+
+class OptimizerSettings(Settings):
+    """AdamW with a schedule whose horizon is frozen when the run starts."""
+
+    learning_rate: float = Field(default=1e-5, gt=0, description="peak learning rate")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's first beta")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's second beta")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(default=0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0, description="clip gradients to this global norm; null: never"
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="course of the learning rate after the warm-up"
+    )
+    warmup_steps: int = Field(
+        default=0, ge=0, description="optimizer steps of linear warm-up from zero"
+    )
+    total_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="optimizer steps of the whole run, warm-up included: the horizon of a linear"
+        " or cosine schedule, never changed once the run exists",
+    )
+    min_learning_rate: float = Field(
+        default=0.0, ge=0, description="where a linear or cosine schedule ends"
+    )
+    master_weights: bool = Field(
+        default=False,
+        description="keep float32 copies of bfloat16 weights for the optimizer: small updates are"
+        " not rounded away, for 4 more bytes per parameter and float32 moments",
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.schedule != "constant" and self.total_steps is None:
+            raise ValueError(
+                f"schedule={self.schedule!r} needs total_steps: a schedule must know its end"
+                " before it starts"
+            )
+        if self.total_steps is not None and self.warmup_steps >= self.total_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} leaves nothing of total_steps="
+                f"{self.total_steps}: lower warmup_steps"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate={self.min_learning_rate} is above learning_rate="
+                f"{self.learning_rate}"
+            )
+        return self
+
+
+class GRPOSettings(Settings):
+    """GRPO (arXiv 2402.03300) and what others made of it, field by field."""
+
+    advantage_normalization: Literal["group", "batch", "none"] = Field(
+        default="group",
+        description="what a sample's distance from its group's mean is divided by: the standard"
+        " deviation of its group, of the global batch, or nothing (Dr. GRPO, arXiv 2503.20783)",
+    )
+    advantage_eps: float = Field(
+        default=1e-4, gt=0, description="added to the standard deviation that is divided by"
+    )
+    clip_low: float = Field(
+        default=0.2, gt=0, lt=1, description="ratios below 1 - clip_low earn nothing more"
+    )
+    clip_high: float = Field(
+        default=0.2,
+        gt=0,
+        description="ratios above 1 + clip_high earn nothing more; 0.28 in DAPO (2503.14476)",
+    )
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="weight of the KL to the reference in the loss; 0: none"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="Schulman's estimators of the KL; k3 is GRPO's"
+    )
+    aggregation: Literal["token", "sequence", "fixed"] = Field(
+        default="token",
+        description="loss of the global batch: mean over tokens (DAPO), mean over sequences of"
+        " their means over tokens (GRPO), or sum over samples x max_length (Dr. GRPO)",
+    )
+    max_length: int | None = Field(
+        default=None, ge=1, description="the constant that aggregation='fixed' divides by"
+    )
+    importance: Literal["none", "token", "sequence"] = Field(
+        default="none",
+        description="correct for the gap between sampler and trainer by truncated importance"
+        " weights, per token or per sequence",
+    )
+    importance_cap: float = Field(
+        default=2.0, gt=0, description="importance weights are truncated here"
+    )
+    old_logprobs: Literal["trainer", "behaviour"] = Field(
+        default="trainer",
+        description="the ratio's denominator: logprobs that the trainer computes when the phase"
+        " starts, or the sampler's own (saves a pass when an episode has several updates)",
+    )
+    truncation: Literal["keep", "mask", "penalize"] = Field(
+        default="keep",
+        description="completions cut off by the length limit: trained like all others, left out"
+        " of the loss, or trained with truncation_penalty taken off their reward",
+    )
+    truncation_penalty: float = Field(
+        default=1.0, ge=0, description="taken off the reward when truncation='penalize'"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="the sampler's temperature: logits are divided by it"
+    )
+    exact_entropy: bool = Field(
+        default=False,
+        description="report the entropy over the whole vocabulary (one more pass over the logits)"
+        " in place of the mean surprise of the sampled tokens, which estimates it for nothing",
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.aggregation == "fixed" and self.max_length is None:
+            raise ValueError(
+                "aggregation='fixed' needs max_length: the constant that every sample's loss is"
+                " divided by, usually the longest allowed completion"
+            )
+        if self.importance != "none" and self.old_logprobs == "behaviour":
+            raise ValueError(
+                f"importance={self.importance!r} corrects from behaviour to old logprobs, but"
+                " old_logprobs='behaviour' makes them the same: set importance='none' or"
+                " old_logprobs='trainer'"
+            )
+        return self
+
+
+class SFTSettings(Settings):
+    """Supervised fine-tuning on the completion tokens of demonstrations."""
+
+    aggregation: Literal["token", "sequence"] = Field(
+        default="token", description="loss of the global batch: mean over tokens or sequences"
+    )
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest allowed prompt with completion; a longer row is refused",
+    )
+    append_eos: bool = Field(
+        default=True, description="end every completion with the tokenizer's end-of-text token"
+    )
