@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     )
     from rlhf_flows.data.batch import Batch, batch_size, collate, concat, select, to_samples
     from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
+    from rlhf_flows.data.packing import cut_by_tokens
     from rlhf_flows.data.plan import (
         EpisodePlan,
         GroupRef,
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
         sample_seed,
         training_batches,
     )
+    from rlhf_flows.data.prompts import PromptDataset, prompt_text
+    from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
+    from rlhf_flows.data.stream import ShardHandle, StreamDataset, take_groups
 
 __all__ = [
     "COLUMNS",
@@ -39,17 +43,26 @@ __all__ = [
     "EpisodePlan",
     "GroupRef",
     "PlannedShard",
+    "PromptDataset",
+    "ShardHandle",
+    "StreamDataset",
     "batch_size",
+    "check_prompt",
     "collate",
     "concat",
+    "cut_by_tokens",
     "from_arrow",
     "from_parquet",
+    "load_rows",
     "make_plan",
     "parquet_metadata",
     "permutation",
+    "prompt_text",
+    "rows_digest",
     "sample_id",
     "sample_seed",
     "select",
+    "take_groups",
     "to_arrow",
     "to_parquet",
     "to_samples",
@@ -60,6 +73,7 @@ _HOME = {
     "arrow": ["from_arrow", "from_parquet", "parquet_metadata", "to_arrow", "to_parquet"],
     "batch": ["Batch", "batch_size", "collate", "concat", "select", "to_samples"],
     "columns": ["COLUMNS", "COLUMNS_VERSION", "GENERATED_COLUMNS", "Column"],
+    "packing": ["cut_by_tokens"],
     "plan": [
         "EpisodePlan",
         "GroupRef",
@@ -70,6 +84,9 @@ _HOME = {
         "sample_seed",
         "training_batches",
     ],
+    "prompts": ["PromptDataset", "prompt_text"],
+    "rows": ["check_prompt", "load_rows", "rows_digest"],
+    "stream": ["ShardHandle", "StreamDataset", "take_groups"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -24,6 +24,8 @@ __all__ = ["Batch", "batch_size", "collate", "concat", "select", "to_samples"]
 Batch = dict[str, Any]
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
+_OF_SCALARS = {torch.bool, torch.int64, torch.float64}
+"""What bools, ints and floats of Python become."""
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -62,11 +64,13 @@ def select(batch: Mapping[str, Any], indices: Sequence[int] | Tensor) -> Batch:
 
 
 def concat(batches: Sequence[Mapping[str, Any]]) -> Batch:
-    """The rows of all batches, one after another. All must have the same columns.
+    """The rows of all batches, one after another. All must have the same columns; a batch without
+    any is left out.
 
     A dense [B, T] column joins a ragged one, or one of another T, as a ragged column: whether
     a shard's rows happen to be of equal length is chance, and must not decide what may be joined.
     """
+    batches = [batch for batch in batches if batch]
     if not batches:
         return {}
     names = list(batches[0])
@@ -138,29 +142,30 @@ def _length(name: str, column: Any) -> int:
 def _concat_column(name: str, parts: list[Any]) -> Any:
     if len(parts) == 1:
         return parts[0]
-    # A part without rows says nothing where it is a list (its dtype is lost); a tensor keeps it.
+    # A list without rows says nothing (its dtype is lost); a tensor without rows does.
     said = [p for p in parts if isinstance(p, Tensor) or len(p) > 0]
     tensors = [p for p in said if isinstance(p, Tensor)]
     if not tensors:
         return [value for part in parts for value in part]
-    dtypes = {p.dtype for p in tensors}
-    rows = [v for p in said if not isinstance(p, Tensor) for v in p]
-    dtypes |= {v.dtype for v in rows if isinstance(v, Tensor)}
-    if len(dtypes) > 1:
-        found = ", ".join(sorted(str(d) for d in dtypes))
-        raise DataError(f"column {name!r} is {found} in batches to be joined: give it one dtype")
-    if not rows and len({p.shape[1:] for p in tensors}) == 1:
-        return torch.cat(tensors)
-    if all(p.ndim == 2 for p in tensors) and all(
-        v is None or (isinstance(v, Tensor) and v.ndim == 1) for v in rows
-    ):
-        return [v for p in said for v in (p.unbind(0) if isinstance(p, Tensor) else p)]
-    shapes = ", ".join(
-        sorted({str(list(p.shape)) for p in tensors} | ({"a list"} if rows else set()))
-    )
+    values = [v for p in said if not isinstance(p, Tensor) for v in p]
+    dtypes = {p.dtype for p in tensors} | {v.dtype for v in values if isinstance(v, Tensor)}
+    if len(dtypes) == 1:
+        if not values and len({p.shape[1:] for p in tensors}) == 1:
+            return torch.cat(tensors)
+        if all(p.ndim == 2 for p in tensors) and all(
+            v is None or (isinstance(v, Tensor) and v.ndim == 1) for v in values
+        ):
+            return [v for p in said for v in (p.unbind(0) if isinstance(p, Tensor) else p)]
+    if dtypes <= _OF_SCALARS and all(p.ndim == 1 for p in tensors):
+        # Plain values: 1 in one batch, 0.5 or None in another. The same as collating them at once.
+        return _collate_column(
+            name, [v for p in said for v in (p.tolist() if isinstance(p, Tensor) else p)]
+        )
+    found = [f"{str(p.dtype)[6:]} {list(p.shape)}" for p in tensors]
+    found += [f"a list with {type(values[0]).__name__}"] if values else []
     raise DataError(
-        f"column {name!r} has shapes that cannot be joined ({shapes}): "
-        "only rows of one shape, or 1-D rows, can"
+        f"column {name!r} cannot be joined from {', '.join(dict.fromkeys(found))}: "
+        "give it one dtype, and rows of one shape or 1-D rows"
     )
 
 

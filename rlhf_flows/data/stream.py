@@ -1,0 +1,226 @@
+"""The shards of one phase of one episode, as they come: what flows between phases.
+
+The decision here: a stream holds handles, not samples. A handle names a committed object and, while
+it lives, a reference to the batch in memory; so a stream costs nothing in the flow process, and one
+rebuilt from the store is the same stream. It belongs to one event loop, and no wait is unnamed:
+every message says which shards of what it waited for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from rlhf_flows.data.plan import EpisodePlan, GroupRef
+from rlhf_flows.errors import DataDamageError, DataError, WaitTimeoutError
+
+__all__ = ["ShardHandle", "StreamDataset", "take_groups"]
+
+
+class Reads(Protocol):
+    """What a stream asks of a store."""
+
+    def get(self, key: str) -> bytes: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardHandle:
+    index: int
+    key: str
+    """Key of the committed Parquet object."""
+    rows: int | None = None
+    """Number of samples; None where only the listing of the store is known."""
+    ref: Any = None
+    """The batch in memory, if somebody holds it (a Ray ObjectRef); the store is the truth."""
+    columns: tuple[str, ...] = ()
+
+
+class StreamDataset:
+    """`num_shards` shards that arrive in any order, each once."""
+
+    def __init__(self, num_shards: int, *, name: str = "stream") -> None:
+        """`name` (such as "rollout of episode 3") stands in messages."""
+        self.num_shards = num_shards
+        self.name = name
+        self._arrived: list[ShardHandle] = []
+        self._by_index: dict[int, ShardHandle] = {}
+        self._failure: BaseException | None = None
+        self._changed = asyncio.Event()
+
+    @classmethod
+    def rebuild(
+        cls, keys: Mapping[int, str], *, num_shards: int, name: str = "stream"
+    ) -> StreamDataset:
+        """The stream whose shards lie in the store under `keys`; others may still be appended."""
+        stream = cls(num_shards, name=name)
+        for index in sorted(keys):
+            stream.append(ShardHandle(index=index, key=keys[index]))
+        return stream
+
+    def append(self, handle: ShardHandle) -> bool:
+        """Add a shard. False, and nothing changes, if its index is there already.
+
+        Raises DataError for an index beyond the stream, or one that names another object.
+        """
+        if not 0 <= handle.index < self.num_shards:
+            raise DataError(
+                f"{self.name}: shard {handle.index} ({handle.key}) was appended, but the plan has "
+                f"shards 0 to {self.num_shards - 1}: it belongs to another plan"
+            )
+        known = self._by_index.get(handle.index)
+        if known is not None:
+            if known.key != handle.key:
+                raise DataError(
+                    f"{self.name}: shard {handle.index} is {known.key} already and came again as "
+                    f"{handle.key}: two objects claim one shard; read the store again to see "
+                    "which one counts"
+                )
+            return False
+        self._by_index[handle.index] = handle
+        self._arrived.append(handle)
+        self._wake()
+        return True
+
+    def fail(self, cause: BaseException) -> None:
+        """No more shards will come: whoever waits gets `cause`. The first cause stands."""
+        if self._failure is None:
+            self._failure = cause
+            self._wake()
+
+    @property
+    def complete(self) -> bool:
+        return len(self._arrived) == self.num_shards
+
+    @property
+    def missing(self) -> tuple[int, ...]:
+        """Indices that have not arrived."""
+        return tuple(i for i in range(self.num_shards) if i not in self._by_index)
+
+    @property
+    def num_arrived(self) -> int:
+        return len(self._arrived)
+
+    def __getitem__(self, index: int) -> ShardHandle:
+        if index not in self._by_index:
+            raise DataError(f"{self.name}: shard {index} has not arrived; wait_for([{index}]) does")
+        return self._by_index[index]
+
+    def __iter__(self) -> Iterator[ShardHandle]:
+        """The shards of a finished stream, by index. Raises DataError while some are missing."""
+        self._require_complete()
+        return iter([self._by_index[i] for i in range(self.num_shards)])
+
+    async def __aiter__(self) -> AsyncIterator[ShardHandle]:
+        """Every shard in order of arrival, until all have come or the stream fails.
+
+        Any number of readers may iterate, each from the first shard.
+        """
+        position = 0
+        while position < self.num_shards:
+            if position < len(self._arrived):
+                yield self._arrived[position]
+                position += 1
+            elif self._failure is not None:
+                raise self._failure
+            else:
+                await self._changed.wait()
+
+    async def wait_for(self, indices: Iterable[int], *, timeout_s: float) -> list[ShardHandle]:
+        """The shards `indices`, in that order, as soon as all have arrived.
+
+        Raises what the stream failed with, or WaitTimeoutError naming the shards still missing.
+        """
+        wanted = list(indices)
+        for index in wanted:
+            if not 0 <= index < self.num_shards:
+                raise DataError(
+                    f"{self.name}: shard {index} was asked for, "
+                    f"the plan has shards 0 to {self.num_shards - 1}"
+                )
+        try:
+            async with asyncio.timeout(timeout_s):
+                while any(i not in self._by_index for i in wanted):
+                    if self._failure is not None:
+                        raise self._failure
+                    await self._changed.wait()
+        except TimeoutError as e:
+            if self._failure is e:  # not ours: a shard failed by a timeout of its own
+                raise
+            raise WaitTimeoutError(
+                f"{self.name}: waited {timeout_s:g} s for shards "
+                f"{_listed(i for i in wanted if i not in self._by_index)}; "
+                f"{len(self._arrived)} of {self.num_shards} have arrived"
+            ) from e
+        return [self._by_index[i] for i in wanted]
+
+    def read(
+        self, store: Reads, *, columns: Sequence[str] | None = None
+    ) -> Iterator[dict[str, Any]]:
+        """The batches of a finished stream, by index, read from the store one by one."""
+        self._require_complete()
+        return self._read(store, columns)
+
+    def _read(self, store: Reads, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
+        from rlhf_flows.data.arrow import from_parquet  # pyarrow and torch: only to read samples
+
+        for handle in self:
+            data = store.get(handle.key)
+            try:
+                yield from_parquet(data, columns)
+            except DataDamageError as e:
+                raise DataDamageError(
+                    f"{self.name}: shard {handle.index} ({handle.key}): {e}"
+                ) from e
+
+    def _require_complete(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+        if not self.complete:
+            raise DataError(
+                f"{self.name}: shards {_listed(self.missing)} have not arrived "
+                f"({len(self._arrived)} of {self.num_shards} have): iterate with `async for`, "
+                "or finish the phase first"
+            )
+
+    def _wake(self) -> None:
+        # A fresh event for the next change: readers that still hold the old one wake, and none
+        # has to clear an event that another waits on.
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+
+def take_groups(
+    plan: EpisodePlan, shards: Mapping[int, Mapping[str, Any]], groups: Sequence[GroupRef]
+) -> dict[str, Any]:
+    """One training batch: the rows of `groups`, in their order, from the batches of their shards.
+
+    Rows are found by the column `group`, so a group that was quarantined or filtered, and has no
+    rows, is left out. Raises DataError for a shard that is not there.
+    """
+    from rlhf_flows.data.batch import concat, select
+
+    parts = []
+    rows_of: dict[int, dict[int, list[int]]] = {}
+    for ref in groups:
+        if ref.shard not in shards:
+            raise DataError(
+                f"a training batch of episode {plan.episode} wants shard {ref.shard}, and was "
+                f"given shards {_listed(sorted(shards))}: wait for it first"
+            )
+        if ref.shard not in rows_of:
+            rows_of[ref.shard] = {}
+            column = shards[ref.shard]["group"]
+            for row, group in enumerate(column if isinstance(column, list) else column.tolist()):
+                rows_of[ref.shard].setdefault(group, []).append(row)
+        rows = rows_of[ref.shard].get(plan.shards[ref.shard].first_group + ref.index)
+        if rows:
+            parts.append(select(shards[ref.shard], rows))
+    return concat(parts)
+
+
+def _listed(indices: Iterable[int], *, most: int = 10) -> str:
+    found = list(indices)
+    more = f" and {len(found) - most} more" if len(found) > most else ""
+    return ", ".join(str(i) for i in found[:most]) + more or "none"
