@@ -18,8 +18,9 @@ from rlhf_flows.data.batch import Batch
 from rlhf_flows.data.prompts import PromptDataset
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.generation import Completion, GenerationSettings, cut_at_stop
+from rlhf_flows.models.causal_lm import check_model_folder, load_tokenizer
 from rlhf_flows.modules.base import BaseModule
-from rlhf_flows.modules.model_folder import ModelFolder
+from rlhf_flows.modules.hf_folder import HFFolder
 
 __all__ = ["DTYPES", "GeneratingPolicy"]
 
@@ -71,8 +72,8 @@ class GeneratingPolicy(BaseModule):
                 f"dtype of module {self.name!r} is {self.dtype!r}, expected one of"
                 f" {', '.join(DTYPES)}"
             )
-        folder = ModelFolder(self.path)
-        folder.check_causal_lm()
+        check_model_folder(self.path)
+        folder = HFFolder(self.path)
         asked = self.max_model_len_asked
         if asked is not None and asked > folder.max_positions:
             raise ConfigError(
@@ -92,24 +93,22 @@ class GeneratingPolicy(BaseModule):
     def tokenizer(self) -> Any:
         """The folder's tokenizer, loaded when first used."""
         if self._tokenizer is None:
-            from transformers import AutoTokenizer  # heavy, and `validate` does without
-
-            self._tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
+            self._tokenizer = load_tokenizer(self.path)
         return self._tokenizer
 
     @property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end a completion: those of the folder and the tokenizer's."""
         own = self.tokenizer.eos_token_id
-        return ModelFolder(self.path).end_token_ids | (frozenset() if own is None else {int(own)})
+        return HFFolder(self.path).end_token_ids | (frozenset() if own is None else {int(own)})
 
     @property
     def length_limit(self) -> int:
         """Most tokens of prompt and completion together."""
-        return self.max_model_len_asked or ModelFolder(self.path).max_positions
+        return self.max_model_len_asked or HFFolder(self.path).max_positions
 
     def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> PromptDataset:
-        """Rows to `prompt`, `prompt_ids` and their own columns; refuses prompts that are too long."""
+        """Rows to `prompt`, `prompt_ids` and their own columns; too long a prompt is refused."""
         settings = self.eval_generation if is_eval else self.generation
         return PromptDataset(
             prompts,

@@ -35,7 +35,7 @@ class VLLMPolicy(VLLMModule, GeneratingPolicy):
         gpu_memory_utilization: float = 0.9,
         **engine_args: Any,
     ) -> None:
-        """As `GeneratingPolicy`; what follows `chat_template` is as in `VLLMModule.setup_engine`."""
+        """As `GeneratingPolicy`; after `chat_template`, as `VLLMModule.setup_engine`."""
         GeneratingPolicy.__init__(
             self,
             name,

@@ -1,0 +1,133 @@
+"""What a Hugging Face model folder says about itself, read without loading the model.
+
+The decision here: `config.json` and the headers of the safetensors files answer every question that
+must be settled before an engine is touched (how long may a text be, what ends one, which names and
+shapes have the weights). Milliseconds, and no transformers. Which architectures are taken is the
+affair of `rlhf_flows.models.causal_lm`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from rlhf_flows.errors import ConfigError, SyncError
+
+__all__ = ["HFFolder"]
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class HFFolder:
+    """A local folder with `config.json` and safetensors weights.
+
+    Raises:
+        ConfigError: there is no such folder, or no configuration in it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path).expanduser()
+        if not self.path.is_dir():
+            raise ConfigError(
+                f"no model folder at {str(path)!r}: give a local Hugging Face folder (with"
+                " config.json, weights and tokenizer); nothing is downloaded"
+            )
+        self.config: Mapping[str, Any] = self._json("config.json")
+
+    def _json(self, name: str) -> dict[str, Any]:
+        file = self.path / name
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except FileNotFoundError as e:
+            raise ConfigError(
+                f"the folder {str(self.path)!r} has no {name}, so it is no Hugging Face model:"
+                f" it holds {sorted(p.name for p in self.path.iterdir())[:8]}"
+            ) from e
+        except ValueError as e:
+            raise ConfigError(f"{file} is not JSON ({e}): save the model again") from e
+        if not isinstance(content, dict):
+            raise ConfigError(f"{file} holds a {type(content).__name__}, expected an object")
+        return content
+
+    @cached_property
+    def _text_config(self) -> Mapping[str, Any]:
+        # Models with more than text keep the language model's fields one level down.
+        return self.config.get("text_config") or self.config
+
+    @property
+    def dtype(self) -> str:
+        """The precision the weights are kept in: `float32`, `bfloat16` or `float16`."""
+        dtype = self._text_config.get("dtype") or self._text_config.get("torch_dtype") or "float32"
+        return str(dtype).removeprefix("torch.")
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens, prompt and completion together, that the model takes."""
+        return int(self._text_config.get("max_position_embeddings", 2048))
+
+    @cached_property
+    def end_token_ids(self) -> frozenset[int]:
+        """Tokens that end a text, by the generation configuration and the model's."""
+        named = [self._text_config.get("eos_token_id"), self.config.get("eos_token_id")]
+        if (self.path / "generation_config.json").is_file():
+            named.append(self._json("generation_config.json").get("eos_token_id"))
+        lists = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
+        return frozenset(int(i) for ids in lists for i in ids)
+
+    def cache_bytes_per_token(self, dtype: str) -> int:
+        """Bytes of keys and values that one token keeps in all layers."""
+        c = self._text_config
+        heads = c.get("num_key_value_heads") or c["num_attention_heads"]
+        head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
+        return int(2 * c["num_hidden_layers"] * heads * head_dim * DTYPE_BYTES.get(dtype, 4))
+
+    @cached_property
+    def _weight_files(self) -> tuple[Path, ...]:
+        return tuple(sorted(self.path.glob("*.safetensors")))
+
+    @cached_property
+    def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Name and shape of every weight, as in the files; without what is derived or tied."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._weight_files:
+            with safe_open(file, framework="pt") as weights:
+                names = [n for n in weights.keys() if not self._is_derived(n)]  # noqa: SIM118
+                shapes |= {n: tuple(weights.get_slice(n).get_shape()) for n in names}
+        return shapes
+
+    def _is_derived(self, name: str) -> bool:
+        tied = bool(self.config.get("tie_word_embeddings"))
+        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+    def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Raises SyncError unless these are all of this model's weights, with their shapes."""
+        expected, found = self.weight_shapes, {n: tuple(w.shape) for n, w in weights}
+        missing = [n for n in expected if n not in found]
+        unknown = [n for n in found if n not in expected and not self._is_derived(n)]
+        wrong = [n for n in expected if n in found and expected[n] != found[n]]
+        if not (missing or unknown or wrong):
+            return
+        parts = [
+            f"{len(names)} {what} (first {names[0]!r})"
+            for names, what in ((missing, "missing"), (unknown, "unknown"))
+            if names
+        ]
+        if wrong:
+            n = wrong[0]
+            parts.append(f"{len(wrong)} of another shape (first {n!r}: {found[n]}, {expected[n]})")
+        raise SyncError(
+            f"these are not the {len(expected)} weights ({_count(expected)} numbers) of"
+            f" {str(self.path)!r}: {', '.join(parts)}. Sender and receiver must start from the"
+            " same model; nothing was changed"
+        )
+
+
+def _count(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for shape in shapes.values())

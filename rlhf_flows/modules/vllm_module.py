@@ -1,0 +1,317 @@
+"""`VLLMModule`: a module that samples with vLLM, in the process of its worker.
+
+A subclass calls `setup_engine` in its `setup`, and then has `generate`, `load_weights` and
+`probe_logprobs`. The decision here: the engine lives in the worker's own process and one call of
+`generate` has it to itself: all its requests are admitted together, each with its own seed, into an
+idle engine with an empty prefix cache. What else an engine computes changes the bits of a sample;
+so the same call gives the same bits, whatever came before and whichever replica takes it.
+
+vLLM is imported in this file only, and only by `setup_engine`. Knows nothing of Ray.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
+from rlhf_flows.generation import Completion, GenerationSettings
+from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.modules.hf_folder import HFFolder
+
+__all__ = ["VLLMModule"]
+
+CPU_BLOCK_SIZE = 32
+"""Tokens per block of the cache: vLLM's kernels for CPU want a multiple of 32, its default is 128,
+and only whole blocks are shared between siblings."""
+CPU_CACHE_BYTES_MIN, CPU_CACHE_BYTES_MAX = 16 << 20, 4 << 30
+
+
+class VLLMModule(BaseModule):
+    """One vLLM engine. Its calls are rollout; a model used as a judge sets `generates = False`."""
+
+    generates: ClassVar[bool] = True
+
+    _llm: Any = None
+    _folder: HFFolder
+    _end_token_ids: frozenset[int] = frozenset()
+    _max_model_len: int = 0
+    _broken: str | None = None
+    """Why the engine must not be used again."""
+
+    @staticmethod
+    def available() -> bool:
+        """Whether vLLM is installed; does not import it."""
+        return importlib.util.find_spec("vllm") is not None
+
+    def setup_engine(
+        self,
+        path: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        kv_cache_memory_bytes: int | None = None,
+        gpu_memory_utilization: float = 0.9,
+        end_token_ids: Iterable[int] = (),
+        **engine_args: Any,
+    ) -> None:
+        """Loads the model of a Hugging Face folder into an engine.
+
+        Args:
+            path: the folder.
+            dtype: `float32`, `bfloat16`, `float16`, or `auto`: that of the folder.
+            max_model_len: most tokens of prompt and completion together; the model's own limit
+                if not given.
+            max_num_seqs: most requests computed at the same time.
+            kv_cache_memory_bytes: size of the cache of keys and values. If not given: on a GPU
+                what `gpu_memory_utilization` leaves; on CPU what `max_num_seqs` texts of full
+                length take, within 16 MiB and 4 GiB.
+            end_token_ids: tokens that end a completion, beside those that the folder names.
+            engine_args: anything else that vLLM's `EngineArgs` takes.
+        """
+        if not self.available():
+            raise ConfigError(
+                f"module {self.name!r} samples with vLLM, which is not installed: install"
+                " `rlhf-flows[cpu]` or `rlhf-flows[gpu]`, or use TorchPolicy"
+            )
+        self._folder = HFFolder(path)
+        self._end_token_ids = self._folder.end_token_ids | frozenset(end_token_ids)
+        self._max_model_len = max_model_len or self._folder.max_positions
+        dtype = self._folder.dtype if dtype == "auto" else dtype
+        arguments: dict[str, Any] = {
+            "model": str(self._folder.path),
+            "dtype": dtype,
+            "max_model_len": self._max_model_len,
+            "max_num_seqs": max_num_seqs,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "seed": self.context.seed % 2**31,
+            # The distribution a token was drawn from; vLLM's default ignores the temperature.
+            "logprobs_mode": "processed_logprobs",
+            # Sampling is what the settings of a call say, not what the folder suggests.
+            "generation_config": "vllm",
+            "use_tqdm_on_load": False,
+        }
+        if self._on_cpu:
+            whole = self._folder.cache_bytes_per_token(dtype) * -(-self._max_model_len // 32) * 32
+            wanted = min(max(whole * max_num_seqs, CPU_CACHE_BYTES_MIN), CPU_CACHE_BYTES_MAX)
+            arguments |= {
+                "kv_cache_memory_bytes": kv_cache_memory_bytes or max(wanted, 2 * whole),
+                "block_size": CPU_BLOCK_SIZE,
+                "enforce_eager": True,  # compiling takes 20 s and gains a tenth
+            }
+        else:
+            arguments["gpu_memory_utilization"] = gpu_memory_utilization
+        self._prepare_process()
+        with warnings.catch_warnings(), self._uncompiled():
+            warnings.simplefilter("ignore")  # of vLLM's imports; none is the user's to heed
+            # One line about the missing Triton, which nothing on CPU uses.
+            logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
+            vllm: Any = importlib.import_module("vllm")
+            try:
+                self._llm = vllm.LLM(**(arguments | engine_args))
+            except ValueError as e:
+                if "memory" not in str(e):
+                    raise
+                raise ResourcesError(
+                    f"vLLM has too little memory for module {self.name!r}: {e}. Lower"
+                    " max_model_len or max_num_seqs, or set kv_cache_memory_bytes"
+                ) from e
+
+    def _prepare_process(self) -> None:
+        """What vLLM reads from the environment, once, when it is imported."""
+        # A load of weights takes tensors as they are: the engine must be in this process.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_HOST_IP", "127.0.0.1")  # one process: no need to ask a network
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")
+        if self._on_cpu:
+            # Bound to cores, replicas on one machine would all take the same ones.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+            os.environ.setdefault("OMP_NUM_THREADS", str(self.context.num_threads))
+            torch.set_num_threads(self.context.num_threads)
+
+    @property
+    def _on_cpu(self) -> bool:
+        return self.context.device == "cpu"
+
+    def _uncompiled(self) -> AbstractContextManager[object]:
+        # On CPU vLLM compiles small functions at its first request: 17 s, and no call is faster.
+        return torch.compiler.set_stance("force_eager") if self._on_cpu else nullcontext()
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of prompt and completion together."""
+        return self._max_model_len
+
+    def _engine(self) -> Any:
+        if self._llm is None:
+            raise ConfigError(
+                f"module {self.name!r} has no engine: call self.setup_engine(path) in the setup of"
+                f" {type(self).__name__}"
+            )
+        if self._broken is not None:
+            raise SyncError(
+                f"the engine of module {self.name!r} cannot be used any more ({self._broken}):"
+                " replace this replica"
+            )
+        return self._llm
+
+    def _reset_prefix_cache(self) -> None:
+        if self._llm.reset_prefix_cache() is not True:
+            self._broken = "its prefix cache could not be cleared, so a request was still running"
+            self._engine()
+
+    # ---- sampling ---------------------------------------------------------------------------
+
+    def generate(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        *,
+        seeds: Sequence[int],
+        settings: GenerationSettings,
+    ) -> list[Completion]:
+        """One completion for each prompt, in order; the same call gives the same bits.
+
+        Args:
+            prompt_ids: token ids of each prompt; a prompt may come several times.
+            seeds: one for each prompt, in [0, 2**31).
+
+        Raises:
+            DataError: a prompt is empty, or leaves no room for `settings.max_new_tokens`.
+            SyncError: an earlier load of weights failed half-way.
+        """
+        engine = self._engine()
+        self._check_prompts(prompt_ids, seeds, settings)
+        if not prompt_ids:
+            return []
+        # A warm cache would change what is computed together, hence bits.
+        self._reset_prefix_cache()
+        params = [self._sampling_params(settings, seed) for seed in seeds]
+        return [
+            self._completion(output.outputs[0]) for output in self._run(engine, prompt_ids, params)
+        ]
+
+    def _run(self, engine: Any, sequences: Sequence[Sequence[int]], params: Any) -> list[Any]:
+        prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        with self._uncompiled():
+            outputs: list[Any] = engine.generate(prompts, params, use_tqdm=False)
+        return outputs
+
+    def _check_prompts(
+        self,
+        prompt_ids: Sequence[Sequence[int]],
+        seeds: Sequence[int],
+        settings: GenerationSettings,
+    ) -> None:
+        if len(prompt_ids) != len(seeds):
+            raise DataError(
+                f"module {self.name!r} got {len(prompt_ids)} prompts and {len(seeds)} seeds: give"
+                " one seed for each prompt"
+            )
+        room = self._max_model_len - settings.max_new_tokens
+        for row, ids in enumerate(prompt_ids):
+            if not 1 <= len(ids) <= room:
+                raise DataError(
+                    f"prompt {row} of {len(prompt_ids)} has {len(ids)} tokens, but module"
+                    f" {self.name!r} takes 1 to {room} (max_model_len {self._max_model_len} less"
+                    f" max_new_tokens {settings.max_new_tokens}): raise max_model_len, lower"
+                    " max_new_tokens, or leave the prompt out"
+                )
+
+    def _sampling_params(self, settings: GenerationSettings, seed: int) -> Any:
+        ends = () if settings.ignore_eos else self._end_token_ids
+        vllm: Any = importlib.import_module("vllm")
+        return vllm.SamplingParams(
+            seed=seed,
+            max_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            top_k=settings.top_k,
+            min_p=settings.min_p,
+            stop=list(settings.stop),
+            # The end tokens are given here, all of them, so that no other source adds any.
+            stop_token_ids=sorted({*ends, *settings.stop_token_ids}),
+            ignore_eos=True,
+            logprobs=0,
+            detokenize=bool(settings.stop),
+        )
+
+    def _completion(self, output: Any) -> Completion:
+        if output.finish_reason not in ("stop", "length"):
+            raise TransientError(
+                f"vLLM ended a request of module {self.name!r} with {output.finish_reason!r},"
+                " expected 'stop' or 'length'"
+            )
+        ids = list(output.token_ids)
+        logprobs = [at[i].logprob for at, i in zip(output.logprobs, ids, strict=True)]
+        return Completion(ids=ids, logprobs=logprobs, finish_reason=output.finish_reason)
+
+    # ---- weights ----------------------------------------------------------------------------
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Takes new weights, all of them, under their Hugging Face names and in any precision.
+
+        Names and shapes are checked before the engine is touched: a load that fails half-way
+        leaves an engine that dies at the next request, so it is not used again.
+
+        Raises:
+            SyncError: these are not this model's weights (nothing was changed), or the engine
+                failed while it took them (every later call says so).
+        """
+        engine = self._engine()
+        weights = list(weights)
+        self._folder.check_weights(weights)
+        self._broken = "a load of weights failed half-way"
+        try:
+            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+        except Exception as e:  # whatever it was, the engine is lost
+            raise SyncError(
+                f"the engine of module {self.name!r} failed while it took new weights ({e}):"
+                " replace this replica"
+            ) from e
+        if self._on_cpu:
+            engine.apply_model(_pack_heads)
+        self._broken = None
+        # Keys and values of the old weights would be read for prompts seen before.
+        self._reset_prefix_cache()
+
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """Log-probabilities [len - 1] of each sequence's tokens after its first, at temperature 1.
+
+        A sequence has 2 to `max_model_len - 1` tokens.
+        """
+        engine = self._engine()
+        vllm: Any = importlib.import_module("vllm")
+        self._reset_prefix_cache()
+        params = vllm.SamplingParams(
+            max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
+        )
+        outputs = self._run(engine, sequences, params)
+        return [
+            [at[i].logprob for at, i in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
+            for o, ids in zip(outputs, sequences, strict=True)
+        ]
+
+
+def _pack_heads(model: torch.nn.Module) -> None:
+    """Packs the output head anew, on CPU.
+
+    vLLM computes logits there from a packed copy of the head's weight. Where the head is tied to
+    the embedding, a reload replaces that weight and leaves the copy as it was (vllm 0.32).
+    """
+    vllm: Any = importlib.import_module("vllm.model_executor.layers.vocab_parallel_embedding")
+    for module in model.modules():
+        if isinstance(module, vllm.ParallelLMHead):
+            module.quant_method.process_weights_after_loading(module)
