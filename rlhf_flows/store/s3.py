@@ -8,8 +8,9 @@ The decisions here:
   that uses the store: the store pickles as its URL alone.
 - Nothing cached that could be stale: neither s3fs's listings nor its instances (which go on with
   old credentials). Each process builds its client on first use: a client does not survive a fork.
-- Retries belong to botocore. The second layer, of s3fs, would multiply them; it keeps one retry,
-  for a body that breaks off.
+- Retries here are for hiccups, about three seconds' worth: whoever retries the task outlasts an
+  outage. Most belong to botocore. The layer of s3fs multiplies them, so it keeps but one, for a
+  body that breaks off.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = ["S3Store"]
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 _FILES_AT_ONCE = 4
-_KEYS_PER_DELETE = 1000  # the protocol's limit
+_KEYS_PER_CALL = 1000  # the protocol's limit, of listings and of deletions
 # 409: another conditional write of the same key is in flight. Not 501: it will never work.
 _TRY_AGAIN = {408, 409, 429, 500, 502, 503, 504}
 
@@ -102,7 +103,7 @@ class S3Store:
             while page["IsTruncated"]:
                 token = page.get("NextContinuationToken")
                 rest = {"ContinuationToken": token} if token else {}
-                page = self._call("list_objects_v2", Prefix=below, **rest)
+                page = self._call("list_objects_v2", Prefix=below, MaxKeys=_KEYS_PER_CALL, **rest)
                 infos += [
                     ObjectInfo(key=entry["Key"][len(self.prefix) :], size=entry["Size"])
                     for entry in page.get("Contents", ())
@@ -142,8 +143,8 @@ class S3Store:
 
     def delete(self, keys: Iterable[str]) -> None:
         names = [{"Key": self._name(key)} for key in keys]
-        for start in range(0, len(names), _KEYS_PER_DELETE):
-            some = names[start : start + _KEYS_PER_DELETE]
+        for start in range(0, len(names), _KEYS_PER_CALL):
+            some = names[start : start + _KEYS_PER_CALL]
             with self._explained("delete", some[0]["Key"]):
                 reply = self._call("delete_objects", Delete={"Objects": some, "Quiet": True})
             if failed := reply.get("Errors"):
@@ -215,7 +216,7 @@ def _connect() -> s3fs.S3FileSystem:
     config: dict[str, Any] = {
         "connect_timeout": 5,
         "read_timeout": 60,
-        "retries": {"mode": "standard", "total_max_attempts": 5},
+        "retries": {"mode": "standard", "total_max_attempts": 3},
         # The newer default checksums are refused by servers other than AWS.
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
