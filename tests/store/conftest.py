@@ -18,6 +18,8 @@ import pytest
 from rlhf_flows.store import ObjectStore, open_store
 
 REPOSITORY = Path(__file__).parents[2]
+REAL_S3 = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+"""Of the server that tests marked `s3` use; the fixtures here point the environment elsewhere."""
 
 
 class FaultyS3:
@@ -136,7 +138,23 @@ def s3_store(bucket: str) -> ObjectStore:
     return open_store(f"s3://{bucket}/some/folder")
 
 
-@pytest.fixture(params=["local_store", "s3_store"])
+@pytest.fixture
+def real_s3_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[ObjectStore]:
+    """On the server of the environment, in a bucket of its own."""
+    import s3fs
+
+    for name, value in REAL_S3.items():
+        monkeypatch.setenv(name, value)
+    server = s3fs.S3FileSystem(skip_instance_cache=True, use_listings_cache=False)
+    bucket = f"rlhf-flows-tests-{uuid4().hex[:12]}"
+    server.mkdir(bucket)
+    yield open_store(f"s3://{bucket}/some/folder")
+    server.rm(bucket, recursive=True)
+
+
+@pytest.fixture(
+    params=["local_store", "s3_store", pytest.param("real_s3_store", marks=pytest.mark.s3)]
+)
 def store(request: pytest.FixtureRequest) -> ObjectStore:
     """Each kind of store in turn: what a test says of `store` holds for both."""
     return request.getfixturevalue(request.param)
