@@ -1,0 +1,75 @@
+"""Shards as readers see them that know nothing of us: pandas and DuckDB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import duckdb
+import pandas as pd
+import pytest
+import torch
+
+from rlhf_flows.data import to_parquet
+
+SHARDS = [
+    {
+        "sample_id": [f"e000000-r000004-s0{i}"],
+        "group": torch.tensor([4]),
+        "prompt": ["2 + 2 = é"],
+        "response_ids": [torch.arange(i)],
+        "behaviour_logprobs": [-torch.arange(float(i))],
+        "hidden": torch.full((1, 2), 0.5, dtype=torch.bfloat16),
+        "half": torch.tensor([1.5], dtype=torch.float16),
+        "reward": torch.tensor([float(i)]),
+        "info": [{"steps": [1, i], "why": None}],
+        "note": [None if i == 0 else "text"],
+        "right": torch.tensor([True]),
+    }
+    for i in range(3)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    place = tmp_path / "episodes" / "episode=000000" / "rollout"
+    place.mkdir(parents=True)
+    for index, shard in enumerate(SHARDS):
+        (place / f"shard-{index:05d}.parquet").write_bytes(to_parquet(shard))
+    return tmp_path
+
+
+def test_duckdb_sees_lists_of_numbers_over_all_shards(folder: Path) -> None:
+    files = f"'{folder}/episodes/*/rollout/*.parquet'"
+    found = duckdb.sql(f"describe select * from {files}").fetchall()
+    assert {name: kind for name, kind, *_ in found} == {
+        "sample_id": "VARCHAR",
+        "group": "BIGINT",
+        "prompt": "VARCHAR",
+        "response_ids": "INTEGER[]",
+        "behaviour_logprobs": "FLOAT[]",
+        "hidden": "FLOAT[]",
+        "half": "FLOAT",
+        "reward": "FLOAT",
+        "info": "VARCHAR",
+        "note": "VARCHAR",
+        "right": "BOOLEAN",
+        "episode": "VARCHAR",  # of the folder, with its leading zeros
+    }
+    rows = duckdb.sql(
+        f"select response_ids, behaviour_logprobs, hidden, half, info->>'$.steps[1]', note "
+        f"from {files} order by sample_id"
+    ).fetchall()
+    assert rows[0] == ([], [], [0.5, 0.5], 1.5, "0", None)
+    assert rows[2] == ([0, 1], [0.0, -1.0], [0.5, 0.5], 1.5, "2", "text")
+    mean = duckdb.sql(f"select avg(reward), avg(len(response_ids)) from {files}").fetchall()
+    assert mean == [(1.0, 1.0)]
+
+
+def test_pandas_sees_arrays_of_numbers(folder: Path) -> None:
+    frame = pd.read_parquet(folder / "episodes")
+    assert len(frame) == 3
+    assert frame["response_ids"].map(list).tolist() == [[], [0], [0, 1]]
+    assert frame["behaviour_logprobs"].map(list).tolist() == [[], [0.0], [0.0, -1.0]]
+    assert frame["hidden"].iloc[0].tolist() == [0.5, 0.5]
+    assert frame["reward"].mean() == 1.0
+    assert frame["prompt"].iloc[0] == "2 + 2 = é"
