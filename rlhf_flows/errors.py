@@ -14,6 +14,7 @@ __all__ = [
     "DataError",
     "FencedError",
     "GraphError",
+    "NonFiniteError",
     "ObjectNotFoundError",
     "PoolError",
     "ReplicaDiedError",
@@ -56,6 +57,10 @@ class DataError(UserError):
 
 class GraphError(UserError):
     """A flow function that cannot be traced into a graph."""
+
+
+class NonFiniteError(RlhfFlowsError):
+    """Training met a loss or gradient that is not finite; the weights were left as they are."""
 
 
 class RewardError(UserError):

@@ -44,9 +44,9 @@ def selected_logprobs(
 ) -> ScoredTokens:
     """log softmax(hidden @ weight.T / temperature) at (rows, targets)."""
     assert rows.shape == targets.shape
-    logprobs, row_entropy = _SelectedLogprobs.apply(
-        hidden, weight, rows, targets, temperature, entropy
-    )
+    # torch leaves `apply` without types.
+    function: Any = _SelectedLogprobs
+    logprobs, row_entropy = function.apply(hidden, weight, rows, targets, temperature, entropy)
     return ScoredTokens(logprobs=logprobs, entropy=row_entropy[rows] if entropy else None)
 
 

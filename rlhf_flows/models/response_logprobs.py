@@ -39,9 +39,7 @@ def response_logprobs(
         longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
         layout = "padded" if longest > window_of(model.config) else "shared_prefix"
     if layout == "padded":
-        return padded_logprobs(
-            model, prompts, responses, temperature=temperature, entropy=entropy
-        )
+        return padded_logprobs(model, prompts, responses, temperature=temperature, entropy=entropy)
     siblings = siblings_of(prompts, groups)
     starts = [sum(siblings[:i]) for i in range(len(siblings))]
     head = model.get_output_embeddings().weight

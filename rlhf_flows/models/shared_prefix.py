@@ -186,7 +186,7 @@ class _Rearrange(torch.autograd.Function):
 def _padded(x: Tensor, count: int, pad: Tensor | None, unpad: Tensor | None) -> Tensor:
     """[tokens, H, d] -> [count, H, longest, d]"""
     if pad is not None and unpad is not None:
-        x = _Rearrange.apply(x, pad, unpad)
+        x = _UNTYPED_REARRANGE.apply(x, pad, unpad)
     return x.view(count, -1, *x.shape[1:]).transpose(1, 2)
 
 
@@ -196,7 +196,8 @@ def _flat(x: Tensor, pad: Tensor | None, unpad: Tensor | None) -> Tensor:
     if pad is not None and unpad is not None:
         # Padded outputs are dropped, so their gradient is zero; the function's inverse would give
         # them the gradient of a real token.
-        return _Unpad.apply(x, unpad)
+        flat: Tensor = _UNTYPED_UNPAD.apply(x, unpad)
+        return flat
     return x
 
 
@@ -213,6 +214,11 @@ class _Unpad(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         (index,) = ctx.saved_tensors
         return grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, index, grad), None
+
+
+# torch leaves `apply` without types.
+_UNTYPED_REARRANGE: Any = _Rearrange
+_UNTYPED_UNPAD: Any = _Unpad
 
 
 def shared_prefix_attention(

@@ -1,0 +1,220 @@
+"""What the ready-made roles on a Hugging Face causal model share: loading it, and logprobs of a
+batch in micro-batches cut by tokens.
+
+Letters: B samples, T response tokens of all samples, flat, in sample order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from rlhf_flows.data.batch import Batch
+from rlhf_flows.data.packing import cut_by_tokens
+from rlhf_flows.errors import ConfigError, DataError
+from rlhf_flows.models.adamw import Schedule, make_adamw, make_masters, step_masters
+from rlhf_flows.models.causal_lm import DType, check_model_folder, load_causal_lm, load_tokenizer
+from rlhf_flows.models.logprob_head import ScoredTokens
+from rlhf_flows.models.response_logprobs import Layout, response_logprobs, siblings_of
+from rlhf_flows.modules.torch_module import TorchModule
+from rlhf_flows.settings import OptimizerSettings
+
+__all__ = ["CausalLMModule", "column", "flat", "ragged"]
+
+
+class CausalLMModule(TorchModule):
+    """Base of PolicyTrainer, SFTTrainer and Reference."""
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        path: str | Path,
+        dtype: DType = "float32",
+        micro_batch_tokens: int = 4096,
+        gradient_checkpointing: bool = False,
+        layout: Layout = "auto",
+    ) -> None:
+        """
+        Args:
+            path: a local Hugging Face folder: model and tokenizer.
+            dtype: precision of the weights and of what is computed with them.
+            micro_batch_tokens: most tokens of one forward pass, each prompt counted once for its
+                siblings; a sample that is longer goes alone.
+            gradient_checkpointing: compute activations again in the backward pass: less memory,
+                about a third more work.
+            layout: "auto" shares prompts wherever it is exact; "padded" never does.
+        """
+        super().__init__(name)
+        self.path = Path(path)
+        self.dtype: DType = dtype
+        self.micro_batch_tokens = micro_batch_tokens
+        self.gradient_checkpointing = gradient_checkpointing
+        self.layout: Layout = layout
+
+    def validate(self) -> None:
+        if self.dtype not in get_args(DType):
+            raise ConfigError(
+                f"dtype of module {self.name!r} is {self.dtype!r}, expected one of"
+                f" {', '.join(get_args(DType))}"
+            )
+        if self.layout not in get_args(Layout):
+            raise ConfigError(
+                f"layout of module {self.name!r} is {self.layout!r}, expected one of"
+                f" {', '.join(get_args(Layout))}"
+            )
+        if self.micro_batch_tokens < 1:
+            raise ConfigError(
+                f"micro_batch_tokens of module {self.name!r} is {self.micro_batch_tokens},"
+                " expected at least 1; 4096 suits small models on CPU"
+            )
+        check_model_folder(self.path)
+
+    def setup(self) -> None:
+        self.tokenizer = load_tokenizer(self.path)
+        self.model = load_causal_lm(
+            self.path,
+            dtype=self.dtype,
+            device=self.context.device,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+
+    # ---- logprobs -------------------------------------------------------------------------
+
+    def logprobs_of(
+        self, data: Batch, *, temperature: float, entropy: bool = False
+    ) -> ScoredTokens:  # [T]
+        """Of the response tokens of one micro-batch, with gradient where the mode has one."""
+        prompts = [*column(data, "prompt_ids", self.name)]
+        responses = [*column(data, "response_ids", self.name)]
+        return response_logprobs(
+            self.model,
+            prompts,
+            responses,
+            _groups(data),
+            temperature=temperature,
+            entropy=entropy,
+            layout=self.layout,
+        )
+
+    def all_logprobs(self, data: Batch, *, temperature: float) -> list[Tensor]:  # B of [r]
+        """Of all rows, in their order, without gradient, in micro-batches cut by tokens."""
+        prompts = [*column(data, "prompt_ids", self.name)]
+        responses = [*column(data, "response_ids", self.name)]
+        groups = _groups(data)
+        found: list[Tensor] = [torch.empty(0)] * len(responses)
+        with self._evaluating() as model:
+            for rows in cut_rows(prompts, responses, groups, budget=self.micro_batch_tokens):
+                chosen = [responses[i] for i in rows]
+                logprobs = response_logprobs(
+                    model,
+                    [prompts[i] for i in rows],
+                    chosen,
+                    None if groups is None else [groups[i] for i in rows],
+                    temperature=temperature,
+                    layout=self.layout,
+                ).logprobs.cpu()
+                parts = logprobs.split([len(r) for r in chosen])
+                for i, part in zip(rows, parts, strict=True):
+                    found[i] = part.clone()
+        return found
+
+    def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
+        """`rows` of the batch in micro-batches, this rank's share of them."""
+        prompts, responses = data["prompt_ids"], data["response_ids"]
+        groups = _groups(data)
+        bins = cut_rows(
+            [prompts[i] for i in rows],
+            [responses[i] for i in rows],
+            None if groups is None else [groups[i] for i in rows],
+            budget=self.micro_batch_tokens,
+        )
+        # Bins come longest first, so dealing them out in turn gives ranks about equal work.
+        return [[rows[i] for i in part] for part in bins[self.rank :: self.world_size]]
+
+    # ---- optimizer ------------------------------------------------------------------------
+
+    def setup_optimizer(self, settings: OptimizerSettings) -> None:
+        if settings.master_weights and self.dtype != "float32":
+            self.master_weights = make_masters(self.model)
+        self.optimizer = make_adamw(self.model, settings, self.master_weights)
+        self.lr_scheduler = Schedule(self.optimizer, settings)
+
+    def optimizer_step(
+        self, scalars: Tensor, settings: OptimizerSettings
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Collective: every rank, same order. One step by the gradients that are there.
+
+        `scalars` [n] are summed over ranks and returned; the first is the loss. Raises
+        NonFiniteError before anything changes.
+        """
+        scalars = self.sum_gradients(scalars)
+        norm = self.clip_gradients(float(scalars[0]), settings.max_grad_norm)
+        rate: float = self.lr_scheduler.set_learning_rate()
+        if self.master_weights is None:
+            self.optimizer.step()
+        else:
+            step_masters(self.model, self.optimizer, self.master_weights)
+        self.lr_scheduler.step()
+        self.optimizer.zero_grad()
+        self.model.zero_grad()
+        return scalars, {"grad_norm": norm, "learning_rate": rate}
+
+
+def cut_rows(
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    groups: Sequence[int] | None,
+    *,
+    budget: int,
+) -> list[list[int]]:
+    """Rows in micro-batches of at most `budget` tokens, siblings together, longest first.
+
+    A group that is dearer than the budget is cut into parts that are not, each with the prompt;
+    that changes the work, never the result.
+    """
+    units: list[list[int]] = []
+    costs: list[int] = []
+    start = 0
+    for count in siblings_of(prompts, groups):
+        for i in range(start, start + count):
+            cost = len(responses[i])
+            if i == start or costs[-1] + cost > budget:
+                units.append([])
+                costs.append(len(prompts[i]))
+            units[-1].append(i)
+            costs[-1] += cost
+        start += count
+    return [
+        [i for unit in part for i in units[unit]] for part in cut_by_tokens(costs, budget=budget)
+    ]
+
+
+def column(data: Batch, name: str, module: str) -> Any:
+    """Raises DataError naming the module where the batch lacks the column."""
+    if name not in data:
+        raise DataError(
+            f"module {module!r} needs the column {name!r}, and the batch has {sorted(data)}: call"
+            " the module that makes it earlier in the flow"
+        )
+    return data[name]
+
+
+def flat(values: Iterable[Tensor]) -> Tensor:
+    """A ragged column (a list of [t], or a tensor [B, t]) as one tensor [T]."""
+    rows = list(values)
+    return torch.cat(rows) if rows else torch.empty(0)
+
+
+def ragged(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
+    """The inverse of `flat`."""
+    return list(values.split(list(lengths)))
+
+
+def _groups(data: Batch) -> list[int] | None:
+    groups = data.get("group")
+    return None if groups is None else [int(g) for g in groups]

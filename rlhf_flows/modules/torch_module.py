@@ -1,0 +1,211 @@
+"""`TorchModule`: a model in plain PyTorch, one process or data-parallel ranks.
+
+A subclass's `setup` sets `self.model`, and `self.optimizer` and `self.lr_scheduler` where it
+trains; everything else here follows from these. Two decisions: weights are checked by name, shape
+and dtype before the first of them changes, so a failed load leaves a working model; and the
+training state is safetensors and JSON (modules/torch_state.py), never pickle, exact to the bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rlhf_flows.errors import ConfigError, NonFiniteError, SyncError
+from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.modules.torch_state import load_training_state, save_training_state
+
+__all__ = ["TorchModule"]
+
+
+class TorchModule(BaseModule):
+    """A torch model with what a run asks of it: weights in and out, training state, probes.
+
+    Ranks of one replica are data-parallel: each gets the whole global batch, works on its share,
+    and `sum_gradients` makes the gradients whole. Their process group is the worker's affair.
+    """
+
+    model: Any
+    optimizer: Any = None
+    lr_scheduler: Any = None
+    tokenizer: Any = None
+    master_weights: dict[str, Tensor] | None = None
+    """Float32 copies that the optimizer steps, by parameter name; part of the training state."""
+
+    # ---- weights --------------------------------------------------------------------------
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Parameters and persistent buffers in the model's order; tied ones under their first name.
+
+        The tensors are the model's own, detached: copy what must outlive the next step.
+        """
+        seen: set[int] = set()
+        for name, tensor in self._model().state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor.detach()
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replaces all weights. Raises SyncError, with nothing changed, unless they fit exactly."""
+        own = dict(self.named_weights())
+        given: dict[str, Tensor] = {}
+        problems: list[str] = []
+        for name, tensor in weights:
+            if name in given:
+                problems.append(f"{name} came twice")
+            given[name] = tensor
+        problems += [f"{name} is missing" for name in own if name not in given]
+        problems += [f"{name} is not in the model" for name in given if name not in own]
+        for name in own.keys() & given.keys():
+            want, found = _kind(own[name]), _kind(given[name])
+            if want != found:
+                problems.append(f"{name} is {found}, expected {want}")
+        if problems:
+            shown = "; ".join(sorted(problems)[:8])
+            more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+            raise SyncError(
+                f"module {self.name!r} cannot take these weights: {shown}{more}. Nothing was"
+                " changed: send the weights of the same model in the same dtype"
+            )
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(given[name])
+            for name, master in (self.master_weights or {}).items():
+                master.copy_(given[name])
+
+    def save_pretrained(self, folder: Path) -> None:
+        """The Hugging Face folder where the model is one of theirs, else model.safetensors."""
+        model = self._model()
+        if hasattr(model, "save_pretrained"):
+            model.save_pretrained(folder)
+        else:
+            weights = {name: t.contiguous() for name, t in self.named_weights()}
+            save_file(weights, folder / "model.safetensors")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    # ---- training state -------------------------------------------------------------------
+
+    def save_state(self, folder: Path) -> None:
+        """Optimizer, schedule, float32 masters and random states; weights are saved elsewhere."""
+        save_training_state(
+            folder,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            tensors=self.master_weights or {},
+        )
+
+    def load_state(self, folder: Path) -> None:
+        """Raises ConfigError where the folder's state is not of this module's optimizer."""
+        load_training_state(
+            folder,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            tensors=self.master_weights or {},
+        )
+
+    # ---- steps ----------------------------------------------------------------------------
+
+    def sum_gradients(self, scalars: Tensor) -> Tensor:
+        """Collective: every rank, same order. Sums gradients in place, and `scalars` [n], which
+        it returns. Losses must be each rank's share of the global loss, not means of shares.
+        """
+        if self.world_size == 1:
+            return scalars
+        # One call for all, in one dtype: a rank whose share was empty has no gradients at all.
+        parameters = [p for p in self._model().parameters() if p.requires_grad]
+        flat = torch.cat(
+            [
+                torch.zeros(p.numel(), device=p.device)
+                if p.grad is None
+                else p.grad.float().flatten()
+                for p in parameters
+            ]
+            + [scalars.float()]
+        )
+        torch.distributed.all_reduce(flat)
+        start = 0
+        for p in parameters:
+            p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
+            start += p.numel()
+        return flat[start:]
+
+    def clip_gradients(self, loss: float, max_norm: float | None) -> float:
+        """Clips to the global norm `max_norm` and returns the norm before.
+
+        Raises NonFiniteError, gradients dropped and weights untouched, where the loss or the norm
+        is not finite.
+        """
+        gradients = [p.grad for p in self._model().parameters() if p.grad is not None]
+        # Norms of bfloat16 gradients are summed up in float32.
+        norms = torch._foreach_norm(gradients, 2.0, torch.float32) if gradients else []
+        norm = float(torch.linalg.vector_norm(torch.stack(list(norms)))) if norms else 0.0
+        if not _finite(loss) or not _finite(norm):
+            bad = [
+                name
+                for name, p in self._model().named_parameters()
+                if p.grad is not None and not bool(torch.isfinite(p.grad).all())
+            ]
+            self._model().zero_grad()
+            raise NonFiniteError(
+                f"module {self.name!r} met a loss of {loss} and a gradient norm of {norm}"
+                + (f" ({len(bad)} parameters, the first is {bad[0]})" if bad else "")
+                + ": the weights were left as they are. Lower the learning rate, or look at the"
+                " rewards and logprobs of this batch"
+            )
+        if max_norm is not None and norm > max_norm:
+            torch._foreach_mul_(gradients, max_norm / (norm + 1e-6))
+        return norm
+
+    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
+        """By one plain pass per sequence, without padding: the least that can go wrong."""
+        found: list[list[float]] = []
+        with self._evaluating() as model:
+            for sequence in sequences:
+                ids = torch.tensor([list(sequence)], device=self.context.device)  # [1, L]
+                logits = model(input_ids=ids).logits[0, :-1].float()  # [L - 1, V]
+                chosen = logits.log_softmax(-1).gather(-1, ids[0, 1:, None])
+                found.append(chosen[:, 0].tolist())
+        return found
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the model's input embedding."""
+        return int(self._model().get_input_embeddings().weight.shape[0])
+
+    # ---- inside ---------------------------------------------------------------------------
+
+    def _model(self) -> Any:
+        model = self.__dict__.get("model")
+        if not isinstance(model, nn.Module):
+            found = "nothing" if model is None else f"a {type(model).__name__}"
+            raise ConfigError(
+                f"module {self.name!r} has {found} as self.model, expected a torch.nn.Module:"
+                f" set self.model in {type(self).__name__}.setup, and call setup() first"
+            )
+        return model
+
+    @contextmanager
+    def _evaluating(self) -> Iterator[Any]:
+        model = self._model()
+        trained = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                yield model
+        finally:
+            model.train(trained)
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _finite(x: float) -> bool:
+    return x - x == 0.0
