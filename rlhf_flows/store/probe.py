@@ -19,7 +19,7 @@ __all__ = ["probe_put_if_absent"]
 
 _NUM_CLIENTS = 4
 _NUM_KEYS = 40
-_NUM_LOCAL_KEYS = 2  # `link` is exclusive or missing; there is no server that could be hasty
+_NUM_LOCAL_KEYS = 1  # `link` is exclusive or missing; there is no server that could be hasty
 
 
 def probe_put_if_absent(store: ObjectStore) -> None:
@@ -28,10 +28,10 @@ def probe_put_if_absent(store: ObjectStore) -> None:
     Writes below `.probe/` and removes it again.
     """
     num_keys = _NUM_LOCAL_KEYS if isinstance(store, LocalStore) else _NUM_KEYS
-    folder = f".probe/{uuid4().hex}"
-    keys = [f"{folder}/{number:02d}" for number in range(num_keys)]
+    stem = f".probe/{uuid4().hex}"
+    keys = [f"{stem}-{number:02d}" for number in range(num_keys)]
     clients = [copy.copy(store) for _ in range(_NUM_CLIENTS)]  # a copy has its own connections
-    bids = [f"client {number} of {folder}".encode() for number in range(_NUM_CLIENTS)]
+    bids = [f"client {number} of {stem}".encode() for number in range(_NUM_CLIENTS)]
     try:
         with ThreadPoolExecutor(_NUM_CLIENTS, thread_name_prefix="probe") as pool:
             for key in keys:

@@ -30,6 +30,9 @@ class MemoryStore:
             self.objects[key] = data
             return True
         with self.lock:
+            if self.fault == "lets two win":
+                self.objects.setdefault(key, []).append(data)
+                return len(self.objects[key]) <= 2
             absent = key not in self.objects
             if absent or self.fault == "overwrites":
                 self.objects[key] = data
@@ -37,9 +40,10 @@ class MemoryStore:
 
     def get(self, key):
         try:
-            return self.objects[key]
+            held = self.objects[key]
         except KeyError as error:
             raise ObjectNotFoundError(key) from error
+        return held[1] if self.fault == "lets two win" else held
 
     def delete(self, keys):
         for key in keys:
@@ -52,7 +56,7 @@ def test_a_sound_store_passes_and_is_left_clean(store):
     probe_put_if_absent(MemoryStore(None))
 
 
-@pytest.mark.parametrize("fault", ["ignores", "hasty", "overwrites"])
+@pytest.mark.parametrize("fault", ["ignores", "hasty", "overwrites", "lets two win"])
 def test_a_broken_store_is_refused_with_the_reason_and_the_setting(fault):
     store = MemoryStore(fault)
     with pytest.raises(StoreProbeError) as refusal:
