@@ -10,6 +10,8 @@ import os
 import shutil
 import tempfile
 
+from hypothesis import settings
+
 _PREFECT_HOME = tempfile.mkdtemp(prefix="rlhf-flows-tests-prefect-")
 
 _ENVIRONMENT = {
@@ -30,6 +32,11 @@ _ENVIRONMENT = {
 }
 os.environ.update(_ENVIRONMENT)
 os.environ.pop("PREFECT_API_URL", None)
+
+
+# How long an example takes says more about what else runs on these cores than about the code.
+settings.register_profile("shared_cores", deadline=None)
+settings.load_profile("shared_cores")
 
 
 def pytest_unconfigure() -> None:

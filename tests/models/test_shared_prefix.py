@@ -128,8 +128,10 @@ def test_a_prompt_is_computed_once_for_its_siblings() -> None:
     model = make("LlamaForCausalLM")
     prompts, responses, groups = ragged_samples()
     seen = []
-    hook = model.get_decoder().layers[0].register_forward_hook(
-        lambda module, args, output: seen.append(output.shape[1])
+    hook = (
+        model.get_decoder()
+        .layers[0]
+        .register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
     )
     response_logprobs(model, prompts, responses, groups)
     hook.remove()
