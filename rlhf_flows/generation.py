@@ -14,7 +14,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-__all__ = ["Completion", "FinishReason", "GenerationSettings", "cut_at_stop"]
+from rlhf_flows.errors import DataError
+
+__all__ = ["Completion", "FinishReason", "GenerationSettings", "check_request", "cut_at_stop"]
 
 FinishReason = Literal["stop", "length"]
 """`stop`: the model ended it (an end token, a stop string). `length`: the limit of tokens did."""
@@ -90,3 +92,28 @@ class Completion:
 def cut_at_stop(text: str, stop: Sequence[str]) -> str:
     """`text` before the first occurrence of any of the stop strings."""
     return text[: min((i for s in stop if (i := text.find(s)) >= 0), default=len(text))]
+
+
+def check_request(
+    prompt_ids: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    settings: GenerationSettings,
+    max_model_len: int,
+    module: str,
+) -> None:
+    """Raises DataError for an empty prompt, one too long for what is asked, or a missing seed."""
+    if len(prompt_ids) != len(seeds):
+        raise DataError(
+            f"module {module!r} got {len(prompt_ids)} prompts and {len(seeds)} seeds: give one"
+            " seed for each prompt"
+        )
+    room = max_model_len - settings.max_new_tokens
+    for row, ids in enumerate(prompt_ids):
+        if not 1 <= len(ids) <= room:
+            raise DataError(
+                f"prompt {row} of {len(prompt_ids)} has {len(ids)} tokens, but module"
+                f" {module!r} takes 1 to {room} (max_model_len {max_model_len} less"
+                f" max_new_tokens {settings.max_new_tokens}): raise max_model_len, lower"
+                " max_new_tokens, or leave the prompt out"
+            )

@@ -1,10 +1,10 @@
 """`FunctionReward`: a Python function scores completions.
 
-Calls it (per sample or per batch, sync or async) and checks what it returns. The decision
-here: a reward is checked where it is made. A number that is none, NaN, or a list of the wrong length
-is the user's mistake and ends the shard with the sample and the cause in one message, long before
-it could become a gradient. Random numbers that the function draws are seeded from the sample's own
-seed, so that a shard scored again has the same rewards.
+Calls it (per sample or per batch, sync or async) and checks what it returns. The decision here: a
+reward is checked where it is made. NaN, what is no number, or a list of the wrong length is the
+user's mistake and ends the shard with the sample and the cause in one message, long before it could
+become a gradient. Random numbers that the function draws are seeded from the sample's own seed, so
+that a shard scored again has the same rewards.
 """
 
 from __future__ import annotations

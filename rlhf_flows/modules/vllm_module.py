@@ -24,8 +24,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
-from rlhf_flows.generation import Completion, GenerationSettings
+from rlhf_flows.errors import ConfigError, ResourcesError, SyncError, TransientError
+from rlhf_flows.generation import Completion, GenerationSettings, check_request
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.modules.hf_folder import HFFolder
 
@@ -193,7 +193,13 @@ class VLLMModule(BaseModule):
             SyncError: an earlier load of weights failed half-way.
         """
         engine = self._engine()
-        self._check_prompts(prompt_ids, seeds, settings)
+        check_request(
+            prompt_ids,
+            seeds=seeds,
+            settings=settings,
+            max_model_len=self._max_model_len,
+            module=self.name,
+        )
         if not prompt_ids:
             return []
         # A warm cache would change what is computed together, hence bits.
@@ -208,27 +214,6 @@ class VLLMModule(BaseModule):
         with self._uncompiled():
             outputs: list[Any] = engine.generate(prompts, params, use_tqdm=False)
         return outputs
-
-    def _check_prompts(
-        self,
-        prompt_ids: Sequence[Sequence[int]],
-        seeds: Sequence[int],
-        settings: GenerationSettings,
-    ) -> None:
-        if len(prompt_ids) != len(seeds):
-            raise DataError(
-                f"module {self.name!r} got {len(prompt_ids)} prompts and {len(seeds)} seeds: give"
-                " one seed for each prompt"
-            )
-        room = self._max_model_len - settings.max_new_tokens
-        for row, ids in enumerate(prompt_ids):
-            if not 1 <= len(ids) <= room:
-                raise DataError(
-                    f"prompt {row} of {len(prompt_ids)} has {len(ids)} tokens, but module"
-                    f" {self.name!r} takes 1 to {room} (max_model_len {self._max_model_len} less"
-                    f" max_new_tokens {settings.max_new_tokens}): raise max_model_len, lower"
-                    " max_new_tokens, or leave the prompt out"
-                )
 
     def _sampling_params(self, settings: GenerationSettings, seed: int) -> Any:
         ends = () if settings.ignore_eos else self._end_token_ids
