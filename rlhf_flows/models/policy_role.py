@@ -8,6 +8,7 @@ by the same rule; a run moves from one to the other by its class alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,7 +62,6 @@ class GeneratingPolicy(BaseModule):
         self.dtype = dtype
         self.max_model_len_asked = max_model_len
         self.chat_template = chat_template
-        self._tokenizer: Any = None
 
     # ---- before anything starts ---------------------------------------------------------------
 
@@ -92,9 +92,7 @@ class GeneratingPolicy(BaseModule):
     @property
     def tokenizer(self) -> Any:
         """The folder's tokenizer, loaded when first used."""
-        if self._tokenizer is None:
-            self._tokenizer = load_tokenizer(self.path)
-        return self._tokenizer
+        return _tokenizer(self.path)
 
     @property
     def end_token_ids(self) -> frozenset[int]:
@@ -116,6 +114,10 @@ class GeneratingPolicy(BaseModule):
             max_prompt_tokens=self.length_limit - settings.max_new_tokens,
             chat_template=self.chat_template,
         )
+
+    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
+        """Tokenizes every row; raises DataError for the first that cannot be used."""
+        self.build_dataset(rows, is_eval).check()
 
     # ---- work ---------------------------------------------------------------------------------
 
@@ -158,6 +160,12 @@ class GeneratingPolicy(BaseModule):
             "completion": [cut_at_stop(text, settings.stop) for text in texts],
             "finish_reason": [c.finish_reason for c in completions],
         }
+
+
+@cache
+def _tokenizer(path: Path) -> Any:
+    # Kept beside the modules, not in them: a module is its arguments, before and after its use.
+    return load_tokenizer(path)
 
 
 def _column(data: Mapping[str, Any], key: str, module: str) -> Any:

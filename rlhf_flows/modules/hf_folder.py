@@ -72,6 +72,11 @@ class HFFolder:
         """Most tokens, prompt and completion together, that the model takes."""
         return int(self._text_config.get("max_position_embeddings", 2048))
 
+    @property
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding: one more than the largest token id."""
+        return int(self._text_config["vocab_size"])
+
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
         """Tokens that end a text, by the generation configuration and the model's."""

@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_flows.errors import ConfigError, ResourcesError, SyncError, TransientError
+from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.modules.hf_folder import HFFolder
@@ -41,6 +41,8 @@ class VLLMModule(BaseModule):
     """One vLLM engine. Its calls are rollout; a model used as a judge sets `generates = False`."""
 
     generates: ClassVar[bool] = True
+    default_threads: ClassVar[int | None] = 1
+    """On CPU: with more, bits depend on the batch, and shared cores make it many times slower."""
 
     _llm: Any = None
     _folder: HFFolder
@@ -272,6 +274,10 @@ class VLLMModule(BaseModule):
         # Keys and values of the old weights would be read for prompts seen before.
         self._reset_prefix_cache()
 
+    def vocabulary_size(self) -> int:
+        """Rows of the embedding; 0 before `setup_engine`."""
+        return 0 if self._llm is None else self._folder.vocabulary_size
+
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities [len - 1] of each sequence's tokens after its first, at temperature 1.
 
@@ -279,6 +285,12 @@ class VLLMModule(BaseModule):
         """
         engine = self._engine()
         vllm: Any = importlib.import_module("vllm")
+        longest = max(map(len, sequences), default=0)
+        if longest >= self._max_model_len:
+            raise DataError(
+                f"a sequence of {longest} tokens was to be probed, but the engine of module"
+                f" {self.name!r} takes {self._max_model_len} with one to spare: raise max_model_len"
+            )
         self._reset_prefix_cache()
         params = vllm.SamplingParams(
             max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False
