@@ -31,8 +31,10 @@ if TYPE_CHECKING:
         training_batches,
     )
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
+    from rlhf_flows.data.row_types import uniform_rows
     from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
-    from rlhf_flows.data.stream import ShardHandle, StreamDataset, take_groups
+    from rlhf_flows.data.shards import planned_batch, take_groups
+    from rlhf_flows.data.stream import ShardHandle, StreamDataset
 
 __all__ = [
     "COLUMNS",
@@ -57,6 +59,7 @@ __all__ = [
     "make_plan",
     "parquet_metadata",
     "permutation",
+    "planned_batch",
     "prompt_text",
     "rows_digest",
     "sample_id",
@@ -67,6 +70,7 @@ __all__ = [
     "to_parquet",
     "to_samples",
     "training_batches",
+    "uniform_rows",
 ]
 
 _HOME = {
@@ -85,8 +89,10 @@ _HOME = {
         "training_batches",
     ],
     "prompts": ["PromptDataset", "prompt_text"],
+    "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
-    "stream": ["ShardHandle", "StreamDataset", "take_groups"],
+    "shards": ["planned_batch", "take_groups"],
+    "stream": ["ShardHandle", "StreamDataset"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

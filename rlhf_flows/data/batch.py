@@ -50,6 +50,8 @@ def batch_size(batch: Mapping[str, Any]) -> int:
 def select(batch: Mapping[str, Any], indices: Sequence[int] | Tensor) -> Batch:
     """The rows at `indices`, in that order; a row may be taken more than once."""
     size = batch_size(batch)
+    if isinstance(indices, Tensor) and indices.dtype == torch.bool:
+        raise DataError("rows were asked by a mask: give their indices, mask.nonzero()[:, 0]")
     rows = indices.tolist() if isinstance(indices, Tensor) else [int(i) for i in indices]
     for i in rows:
         if not -size <= i < size:

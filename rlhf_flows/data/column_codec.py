@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from rlhf_flows.data.json_text import from_json_text, to_json_text
-from rlhf_flows.errors import DataError
+from rlhf_flows.errors import DataDamageError, DataError
 
 __all__ = ["decode", "encode", "guess"]
 
@@ -175,10 +175,10 @@ def decode(array: pa.Array, says: Mapping[str, Any], *, zero_copy: bool) -> Any:
         size = len(array)
         for _ in says["shape"]:
             array = array.flatten()  # not .values, which does not know of slices
-        return _to_tensor(array, _DTYPES[says["dtype"]], zero_copy).reshape([size, *says["shape"]])
+        return _to_tensor(array, _dtype(says["dtype"]), zero_copy).reshape([size, *says["shape"]])
     if says["kind"] == "ragged":
         lengths = pc.fill_null(pc.list_value_length(array), 0).to_pylist()
-        flat = _to_tensor(array.flatten(), _DTYPES[says["dtype"]], zero_copy)
+        flat = _to_tensor(array.flatten(), _dtype(says["dtype"]), zero_copy)
         rows: list[Tensor | None] = list(flat.split(lengths)) if lengths else []
         if array.null_count:
             for row in np.flatnonzero(array.is_null().to_numpy(zero_copy_only=False)):
@@ -199,3 +199,12 @@ def _to_tensor(array: pa.Array, dtype: torch.dtype, zero_copy: bool) -> Tensor:
     if stored.dtype != dtype:
         return stored.to(dtype)
     return stored if zero_copy else stored.clone()
+
+
+def _dtype(name: str) -> torch.dtype:
+    if name not in _DTYPES:
+        raise DataDamageError(
+            f"a column of dtype {name!r} was found, this version knows {', '.join(_DTYPES)}: "
+            "read it with the version that wrote it"
+        )
+    return _DTYPES[name]

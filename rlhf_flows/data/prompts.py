@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from rlhf_flows.data.arrow import to_arrow
 from rlhf_flows.data.batch import collate
 from rlhf_flows.data.columns import GENERATED_COLUMNS
+from rlhf_flows.data.row_types import uniform_rows
 from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
 from rlhf_flows.errors import DataError
 
@@ -56,7 +57,7 @@ class PromptDataset(Dataset[dict[str, Any]]):
         """`chat_template`: see `prompt_text`. `reserved`: names that rows may not use, because the
         run writes columns of that name; () where nothing is generated, as in supervised training.
 
-        Raises DataError for no rows, a reserved name, or rows whose columns differ.
+        Raises DataError for no rows, a reserved name, or a column of two types.
         """
         if not rows:
             raise DataError("a prompt dataset without rows was asked for: give at least one prompt")
@@ -67,13 +68,7 @@ class PromptDataset(Dataset[dict[str, Any]]):
                     f"row {number} has a column {taken[0]!r}, which the run itself writes: "
                     "rename it in the prompt file (docs/columns.md lists the names in use)"
                 )
-            odd = sorted(set(row) ^ set(rows[0]))
-            if odd:
-                raise DataError(
-                    f"row {number} and row 0 do not have the same columns ({odd[0]!r} is in one of "
-                    "them): give every row the same, with None where there is no value"
-                )
-        self.rows = rows
+        self.rows = uniform_rows(rows)
         self.tokenizer = tokenizer
         self.max_prompt_tokens = max_prompt_tokens
         self.chat_template = chat_template

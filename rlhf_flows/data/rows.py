@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from rlhf_flows.data.row_types import kind_of, uniform_rows
 from rlhf_flows.errors import DataError
 
 __all__ = ["check_prompt", "load_rows", "rows_digest"]
@@ -25,8 +26,8 @@ def load_rows(
 ) -> list[dict[str, Any]]:
     """All rows of a .jsonl, .json (a list of objects) or .parquet file, local or by URL.
 
-    Every row must have `fields`; a "prompt" among them must be text or chat messages. A key that
-    only some rows have is None in the others, as it would be in Parquet.
+    Every row must have `fields`; a "prompt" among them must be text or chat messages. Each column
+    has one type in all rows (`uniform_rows`), and is None where a row lacks the key.
     Raises DataError naming file, line (or row) and what to change.
     """
     name = str(path_or_url)
@@ -42,17 +43,17 @@ def load_rows(
         numbered = _json_rows(name, data)
     else:
         numbered = _jsonl_rows(name, data)
-    rows = []
+    rows, wheres = [], []
     for where, row in numbered:
         _check_fields(row, fields, where)
         if "prompt" in fields:
             check_prompt(row, where=where)
         rows.append(row)
+        wheres.append(where)
     if not rows:
         has = " ".join(repr(field) for field in fields)
         raise DataError(f"{name} holds no rows: give it at least one object with {has}")
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    return [{key: row.get(key) for key in names} for row in rows]
+    return uniform_rows(rows, wheres=wheres)
 
 
 def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -78,7 +79,7 @@ def check_prompt(row: Mapping[str, Any], *, where: str) -> str | list[dict[str, 
         return prompt
     if not isinstance(prompt, list):
         raise DataError(
-            f"{where}: the prompt is {_kind(prompt)}: give text, or a list of chat messages "
+            f"{where}: the prompt is {kind_of(prompt)}: give text, or a list of chat messages "
             '[{"role": "user", "content": "…"}]'
         )
     if not prompt:
@@ -86,11 +87,11 @@ def check_prompt(row: Mapping[str, Any], *, where: str) -> str | list[dict[str, 
     for number, message in enumerate(prompt):
         here = f"{where}: message {number} of the prompt"
         if not isinstance(message, dict):
-            raise DataError(f'{here} is {_kind(message)}: give {{"role": "…", "content": "…"}}')
+            raise DataError(f'{here} is {kind_of(message)}: give {{"role": "…", "content": "…"}}')
         _check_fields(message, ("role", "content"), here)
         for key in ("role", "content"):
             if not isinstance(message[key], str):
-                raise DataError(f"{here} has {_kind(message[key])} as its {key!r}: give text")
+                raise DataError(f"{here} has {kind_of(message[key])} as its {key!r}: give text")
     if prompt[-1]["role"] == "assistant":
         raise DataError(
             f"{where}: the last message of the prompt is the assistant's: "
@@ -109,13 +110,26 @@ def _read(name: str) -> bytes:
             raise DataError(f"{name} cannot be read: {e.strerror}") from e
     import fsspec  # only URLs need it
 
+    failures: tuple[type[Exception], ...] = (OSError, ImportError, ValueError)
+    failures += _errors_of_s3(name)
     try:
         with fsspec.open(name, "rb") as file:
             return bytes(file.read())
     except FileNotFoundError as e:
         raise DataError(f"{name}: there is no such object: check bucket and key") from e
-    except (OSError, ImportError, ValueError) as e:
+    except failures as e:
         raise DataError(f"{name} cannot be read: {e}") from e
+
+
+def _errors_of_s3(name: str) -> tuple[type[Exception], ...]:
+    """What s3fs lets through untranslated: no credentials, no such endpoint."""
+    if not name.startswith("s3://"):
+        return ()
+    try:
+        from botocore.exceptions import BotoCoreError, ClientError
+    except ImportError:  # then s3fs is missing, too, and says so itself
+        return ()
+    return (BotoCoreError, ClientError)
 
 
 def _near_file(path: Path) -> str:
@@ -140,7 +154,7 @@ def _json_rows(name: str, data: bytes) -> Iterator[tuple[str, dict[str, Any]]]:
     found = _parse(data.removeprefix(b"\xef\xbb\xbf"), name)
     if not isinstance(found, list):
         raise DataError(
-            f"{name} holds {_kind(found)}: a .json file of prompts is one list of objects; "
+            f"{name} holds {kind_of(found)}: a .json file of prompts is one list of objects; "
             "for one object a line, name the file .jsonl"
         )
     for number, row in enumerate(found):
@@ -202,6 +216,8 @@ def _parse(text: bytes, where: str) -> Any:
         raise DataError(
             f"{where}, {at}: this is not JSON ({e.msg}): {_around(decoded, e.pos)}"
         ) from e
+    except ValueError as e:  # an int of thousands of digits
+        raise DataError(f"{where}: this JSON cannot be read ({e})") from e
     except RecursionError as e:
         raise DataError(f"{where}: lists or objects are nested too deeply: flatten them") from e
     if "\\ud" in decoded.lower():
@@ -227,7 +243,9 @@ def _around(text: str, position: int) -> str:
 
 def _object(found: Any, where: str) -> dict[str, Any]:
     if not isinstance(found, dict):
-        raise DataError(f'{where}: this is {_kind(found)}, not an object: write {{"prompt": "…"}}')
+        raise DataError(
+            f'{where}: this is {kind_of(found)}, not an object: write {{"prompt": "…"}}'
+        )
     return found
 
 
@@ -241,15 +259,6 @@ def _check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> 
         has = ", ".join(repr(key) for key in row) or "nothing"
         hint = f"rename {near[0]!r} to {field!r}" if near else f"it has {has}"
         raise DataError(f"{where}: {field!r} is missing: {hint}")
-
-
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false"}
-    if value is None:
-        return "null"
-    return names.get(
-        type(value), "a number" if isinstance(value, int | float) else "something else"
-    )
 
 
 def _bytes_as_hex(value: Any) -> str:

@@ -13,10 +13,9 @@ from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from rlhf_flows.data.plan import EpisodePlan, GroupRef
 from rlhf_flows.errors import DataDamageError, DataError, WaitTimeoutError
 
-__all__ = ["ShardHandle", "StreamDataset", "take_groups"]
+__all__ = ["ShardHandle", "StreamDataset"]
 
 
 class Reads(Protocol):
@@ -189,35 +188,6 @@ class StreamDataset:
         # has to clear an event that another waits on.
         changed, self._changed = self._changed, asyncio.Event()
         changed.set()
-
-
-def take_groups(
-    plan: EpisodePlan, shards: Mapping[int, Mapping[str, Any]], groups: Sequence[GroupRef]
-) -> dict[str, Any]:
-    """One training batch: the rows of `groups`, in their order, from the batches of their shards.
-
-    Rows are found by the column `group`, so a group that was quarantined or filtered, and has no
-    rows, is left out. Raises DataError for a shard that is not there.
-    """
-    from rlhf_flows.data.batch import concat, select
-
-    parts = []
-    rows_of: dict[int, dict[int, list[int]]] = {}
-    for ref in groups:
-        if ref.shard not in shards:
-            raise DataError(
-                f"a training batch of episode {plan.episode} wants shard {ref.shard}, and was "
-                f"given shards {_listed(sorted(shards))}: wait for it first"
-            )
-        if ref.shard not in rows_of:
-            rows_of[ref.shard] = {}
-            column = shards[ref.shard]["group"]
-            for row, group in enumerate(column if isinstance(column, list) else column.tolist()):
-                rows_of[ref.shard].setdefault(group, []).append(row)
-        rows = rows_of[ref.shard].get(plan.shards[ref.shard].first_group + ref.index)
-        if rows:
-            parts.append(select(shards[ref.shard], rows))
-    return concat(parts)
 
 
 def _listed(indices: Iterable[int], *, most: int = 10) -> str:

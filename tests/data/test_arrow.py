@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pyarrow as pa
@@ -202,6 +203,14 @@ def test_a_file_cut_short_is_found() -> None:
     for length in (0, 3, 11, 12, len(data) // 2, len(data) - 1):
         with pytest.raises(DataDamageError):
             from_parquet(data[:length])
+
+
+def test_a_dtype_of_a_later_version_is_refused() -> None:
+    table = to_arrow({"x": torch.zeros(2)})
+    later = json.dumps({"kind": "tensor", "dtype": "float128", "shape": []})
+    field = table.schema.field("x").with_metadata({"rlhf_flows": later})
+    with pytest.raises(DataDamageError, match="dtype 'float128' was found"):
+        from_arrow(pa.Table.from_arrays(table.columns, schema=pa.schema([field])))
 
 
 def test_damage_in_a_file_without_seal_is_an_error_of_ours() -> None:

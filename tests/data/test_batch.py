@@ -43,6 +43,8 @@ def test_select_keeps_the_order_asked_and_may_repeat_a_row() -> None:
 def test_select_refuses_a_row_that_is_not_there() -> None:
     with pytest.raises(DataError, match="row 3 was asked of a batch of 3 rows"):
         select({"x": [1, 2, 3]}, [3])
+    with pytest.raises(DataError, match="by a mask"):
+        select({"x": [1, 2]}, torch.tensor([True, False]))
 
 
 @given(batches(), st.data())

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -29,3 +31,13 @@ def test_every_dtype_of_the_table_exists() -> None:
 def test_every_public_name_can_be_loaded() -> None:
     assert [name for name in data.__all__ if not hasattr(data, name)] == []
     assert sorted(data._MODULE_OF) == sorted(data.__all__)
+
+
+def test_plans_and_streams_load_neither_torch_nor_pyarrow() -> None:
+    code = (
+        "import sys, rlhf_flows.data.plan, rlhf_flows.data.stream, rlhf_flows.data.rows;"
+        "from rlhf_flows.data import StreamDataset, make_plan, load_rows, cut_by_tokens, COLUMNS;"
+        "print(sorted({'torch', 'pyarrow', 'fsspec', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

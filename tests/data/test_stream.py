@@ -7,12 +7,8 @@ import pytest
 import torch
 
 from rlhf_flows.data import (
-    GroupRef,
     ShardHandle,
     StreamDataset,
-    make_plan,
-    select,
-    take_groups,
     to_parquet,
 )
 from rlhf_flows.errors import (
@@ -158,43 +154,3 @@ def test_a_damaged_shard_is_named_with_its_key() -> None:
 
 def test_handles_cross_processes() -> None:
     assert pickle.loads(pickle.dumps(handle(3))) == handle(3)
-
-
-PLAN = make_plan(
-    run_seed=0,
-    episode=0,
-    num_rows=8,
-    dataset_digest="d",
-    sample_per_episode=10,
-    group_size=2,
-    groups_per_shard=2,
-    shuffle=True,
-    versions={},
-)
-
-
-def shards() -> dict[int, dict[str, object]]:
-    made = {}
-    for shard in PLAN.shards:
-        columns: dict[str, object] = dict(PLAN.samples(shard.index))
-        made[shard.index] = {**columns, "group": torch.tensor(columns["group"])}
-    return made
-
-
-def test_take_groups_gives_whole_groups_in_the_order_asked() -> None:
-    batch = take_groups(PLAN, shards(), [GroupRef(2, 0), GroupRef(0, 1)])
-    assert batch["group"].tolist() == [4, 4, 1, 1]
-    assert batch["sibling"] == [0, 1, 0, 1]
-
-
-def test_take_groups_leaves_out_a_group_without_rows() -> None:
-    given = shards()
-    given[0] = select(given[0], [2, 3])  # group 0 was quarantined
-    batch = take_groups(PLAN, given, [GroupRef(0, 0), GroupRef(0, 1)])
-    assert batch["group"].tolist() == [1, 1]
-    assert take_groups(PLAN, given, [GroupRef(0, 0)]) == {}
-
-
-def test_take_groups_names_a_shard_that_is_not_there() -> None:
-    with pytest.raises(DataError, match="wants shard 2, and was given shards 0, 1"):
-        take_groups(PLAN, {i: s for i, s in shards().items() if i < 2}, [GroupRef(2, 0)])
