@@ -127,11 +127,14 @@ class LocalStore:
                 temporary.unlink(missing_ok=True)
 
     def delete(self, keys: Iterable[str]) -> None:
+        folders = set()
         for key in keys:
             path = self.root / check_key(key)
             with _explained("delete", path):
                 path.unlink(missing_ok=True)
-                self._remove_empty_parents(path)
+            folders.add(path.parent)
+        for folder in folders:
+            self._remove_if_empty(folder)
 
     def sweep(self, prefix: str = "", *, older_than_s: float = 3600.0) -> int:
         before = time.time() - older_than_s
@@ -159,12 +162,12 @@ class LocalStore:
                         else:
                             yield f"{folder}{entry.name}", entry.stat()
 
-    def _remove_empty_parents(self, path: Path) -> None:
-        with suppress(OSError):  # the first one that is not empty ends the climb
-            for parent in path.parents:
-                if parent == self.root:
-                    break
-                parent.rmdir()
+    def _remove_if_empty(self, folder: Path) -> None:
+        """The folder and those above it, up to the first that holds something."""
+        with suppress(OSError):
+            while folder != self.root:
+                folder.rmdir()
+                folder = folder.parent
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def s3_fault(s3_server: FaultyS3) -> Iterator[Callable[..., None]]:
     s3_server.fault = None
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def bucket(s3_server: FaultyS3) -> str:
     import s3fs
 
@@ -135,7 +135,7 @@ def local_store(tmp_path: Path) -> ObjectStore:
 
 @pytest.fixture
 def s3_store(bucket: str) -> ObjectStore:
-    return open_store(f"s3://{bucket}/some/folder")
+    return open_store(f"s3://{bucket}/some/{uuid4().hex}")
 
 
 @pytest.fixture

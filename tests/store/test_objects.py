@@ -6,7 +6,6 @@ import copy
 import os
 import pickle
 import signal
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -22,7 +21,6 @@ from rlhf_flows.errors import (
     StoreUnavailableError,
 )
 from rlhf_flows.store import FileRecord, open_store
-from rlhf_flows.store.local import LocalStore
 from rlhf_flows.store.objects import check_key
 
 RACER = """
@@ -219,7 +217,7 @@ def test_many_pages_of_an_s3_listing_are_listed_and_deleted_completely(s3_store,
 
 
 def test_uploads_that_nobody_completed_are_swept(s3_store):
-    s3_store._call("create_multipart_upload", Key="some/folder/run/big")
+    s3_store._call("create_multipart_upload", Key=f"{s3_store.prefix}run/big")
     assert keys(s3_store) == []
     assert s3_store.sweep("other") == 0
     # moto says that every upload began in 2010, which is young enough here.
@@ -292,15 +290,3 @@ def test_a_second_upload_to_the_same_local_prefix_is_refused(local_store, folder
     local_store.put_folder(folder, "uid")
     with pytest.raises(StoreError, match="something is there already"):
         local_store.put_folder(folder, "uid")
-
-
-def test_scanning_ten_thousand_local_files_takes_well_under_two_seconds(tmp_path):
-    store = LocalStore(tmp_path)
-    for episode in range(10):
-        folder = tmp_path / f"run/episode={episode}"
-        folder.mkdir(parents=True)
-        for index in range(1000):
-            (folder / str(index)).touch()
-    start = time.perf_counter()
-    assert len(store.list("run")) == 10_000
-    assert time.perf_counter() - start < 1.5
