@@ -65,6 +65,7 @@ def load_causal_lm(
     Raises ConfigError where the folder does not hold what it says.
     """
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -79,7 +80,7 @@ def load_causal_lm(
             attn_implementation=ATTENTION,
             local_files_only=True,
         )
-    except (OSError, ValueError, RuntimeError) as cause:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ConfigError(f"the model in {str(path)!r} cannot be loaded: {cause}") from cause
     for module in model.modules():
         for dropout in ("p", "attention_dropout"):
