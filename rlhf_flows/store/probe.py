@@ -18,7 +18,7 @@ from rlhf_flows.store.objects import ObjectStore
 __all__ = ["probe_put_if_absent"]
 
 _NUM_CLIENTS = 4
-_NUM_KEYS = 40
+_NUM_KEYS = 24
 _NUM_LOCAL_KEYS = 1  # `link` is exclusive or missing; there is no server that could be hasty
 
 
