@@ -19,7 +19,7 @@ from rlhf_flows.algorithms.sft import nll
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.data.prompts import PromptDataset
 from rlhf_flows.errors import DataError
-from rlhf_flows.models.causal_lm import DType, check_model_folder
+from rlhf_flows.models.causal_lm import DType, check_model_folder, load_tokenizer
 from rlhf_flows.models.causal_lm_module import CausalLMModule, column, flat, ragged
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
@@ -60,13 +60,21 @@ class SFTTrainer(CausalLMModule):
         super().setup()
         self.setup_optimizer(self.optimizer_settings)
 
+    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
+        """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
+        dataset = self.build_dataset(rows, is_eval)
+        for index in range(len(dataset)):
+            dataset[index]
+
     def build_dataset(
         self, prompts: Sequence[Mapping[str, Any]], is_eval: bool = False
     ) -> DemonstrationDataset:
         limit = check_model_folder(self.path).max_positions
         return DemonstrationDataset(
             prompts,
-            self.tokenizer,
+            # Not kept: in the user's program, where rows are checked, it would travel with the
+            # module to its workers.
+            self.tokenizer or load_tokenizer(self.path),
             max_tokens=min(limit, self.sft.max_tokens or limit),
             chat_template=self.chat_template,
             append_eos=self.sft.append_eos,

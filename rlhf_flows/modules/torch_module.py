@@ -174,10 +174,10 @@ class TorchModule(BaseModule):
                 found.append(chosen[:, 0].tolist())
         return found
 
-    @property
     def vocabulary_size(self) -> int:
-        """Rows of the model's input embedding."""
-        return int(self._model().get_input_embeddings().weight.shape[0])
+        """Rows of the model's input embedding; 0 where it has none."""
+        embeddings = getattr(self._model(), "get_input_embeddings", None)
+        return 0 if embeddings is None else int(embeddings().weight.shape[0])
 
     # ---- inside ---------------------------------------------------------------------------
 

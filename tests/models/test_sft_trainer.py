@@ -91,6 +91,14 @@ def test_a_row_that_is_too_long_is_refused_with_its_length(tiny: Path) -> None:
         made.build_dataset([{"prompt": "abc", "completion": "def"}])[0]
 
 
+def test_every_row_is_checked_before_anything_is_loaded(tiny: Path) -> None:
+    made = SFTTrainer(path=tiny, sft=SFTSettings(max_tokens=5))
+    made.validate_rows(ROWS[:3])
+    with pytest.raises(DataError, match=r"row 3 has 7 tokens"):
+        made.validate_rows([*ROWS[:3], {"prompt": "abc", "completion": "def"}])
+    assert made.tokenizer is None
+
+
 def test_what_was_saved_is_what_transformers_loads(tiny: Path, tmp_path: Path) -> None:
     made = trainer(tiny)
     data = made.prepare_batch(demonstrations(made))
