@@ -92,7 +92,7 @@ def test_a_row_that_is_too_long_is_refused_with_its_length(tiny: Path) -> None:
 
 
 def test_every_row_is_checked_before_anything_is_loaded(tiny: Path) -> None:
-    made = SFTTrainer(path=tiny, sft=SFTSettings(max_tokens=5))
+    made = SFTTrainer(path=tiny, sft=SFTSettings(max_tokens=6))
     made.validate_rows(ROWS[:3])
     with pytest.raises(DataError, match=r"row 3 has 7 tokens"):
         made.validate_rows([*ROWS[:3], {"prompt": "abc", "completion": "def"}])
