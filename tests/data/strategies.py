@@ -24,7 +24,7 @@ DTYPES = [*FLOATS, *INTS, torch.bool]
 SIZE = {d: torch.empty(0, dtype=d).element_size() for d in DTYPES}
 
 names = st.text(min_size=1, max_size=8) | st.sampled_from(["a.b", "a", "a.list", "x_ids", "é"])
-finite_json = st.recursive(
+json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
     lambda inner: (
         st.lists(inner, max_size=3)
@@ -68,7 +68,7 @@ def columns(draw: Any, size: int) -> Any:
             )
         )
         return draw(st.lists(value | st.none(), min_size=size, max_size=size))
-    return draw(st.lists(finite_json, min_size=size, max_size=size))
+    return draw(st.lists(json_values, min_size=size, max_size=size))
 
 
 @st.composite

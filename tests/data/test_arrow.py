@@ -15,12 +15,14 @@ from rlhf_flows.data import (
     from_arrow,
     from_parquet,
     parquet_metadata,
+    select,
     to_arrow,
     to_parquet,
 )
+from rlhf_flows.data.json_text import from_json_text, to_json_text
 from rlhf_flows.errors import DataDamageError, DataError
 
-from .strategies import DTYPES, batches, bits, tensors
+from .strategies import DTYPES, batches, bits, json_values, tensors
 
 SAMPLES = {
     "sample_id": ["e000000-r000004-s00", "e000000-r000004-s01"],
@@ -42,11 +44,27 @@ def test_arrow_gives_back_the_batch_bit_for_bit(batch: dict[str, Any], zero_copy
     assert bits(from_arrow(to_arrow(batch), zero_copy=zero_copy)) == bits(batch)
 
 
+@given(json_values)
+def test_json_text_gives_back_the_value(value: Any) -> None:
+    text = to_json_text(value, where="here")
+    assert bits(from_json_text(text)) == bits(value)
+    json.loads(text, parse_constant=pytest.fail)  # no NaN or Infinity, which is not JSON
+
+
+def test_json_text_keeps_floats_that_json_has_not() -> None:
+    value = {"a": [float("nan"), float("inf"), -float("inf"), -0.0], "é": None}
+    text = to_json_text(value, where="here")
+    assert bits(from_json_text(text)) == bits(value)
+    assert text == ('{"a":[{"$float":"nan"},{"$float":"inf"},{"$float":"-inf"},-0.0],"é":null}')
+
+
 @given(st.sampled_from(DTYPES).flatmap(lambda dtype: tensors((6,), dtype)), st.integers(0, 6))
 def test_a_table_in_pieces_is_the_same_batch(column: torch.Tensor, cut: int) -> None:
     table = to_arrow({"x": column, "r": [column[:i] for i in range(6)], "d": column.reshape(6, 1)})
     pieces = pa.concat_tables([table.slice(0, cut), table.slice(cut)])
     assert bits(from_arrow(pieces)) == bits(from_arrow(table))
+    part = from_arrow(table.slice(cut, 3))
+    assert bits(part) == bits(select(from_arrow(table), range(cut, min(cut + 3, 6))))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

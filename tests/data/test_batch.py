@@ -61,6 +61,7 @@ def test_concat_joins_rows_that_happen_to_be_of_equal_length_with_ragged_ones() 
     wider = {"ids": torch.tensor([[9, 9, 9]])}
     joined = concat([dense, ragged, wider])["ids"]
     assert [row.tolist() for row in joined] == [[1, 2], [3, 4], [5], [6, 7, 8], [9, 9, 9]]
+    assert [row.tolist() for row in concat([dense, wider])["ids"]] == [[1, 2], [3, 4], [9, 9, 9]]
 
 
 def test_concat_of_plain_values_is_the_same_as_collating_them_at_once() -> None:
