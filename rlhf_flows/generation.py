@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from rlhf_flows.errors import DataError
+from rlhf_flows.settings import Settings
 
 __all__ = ["Completion", "FinishReason", "GenerationSettings", "check_request", "cut_at_stop"]
 
@@ -22,16 +23,15 @@ FinishReason = Literal["stop", "length"]
 """`stop`: the model ended it (an end token, a stop string). `length`: the limit of tokens did."""
 
 
-class GenerationSettings(BaseModel):
+class GenerationSettings(Settings):
     """Sampling parameters of one kind of generation (training rollouts, or evaluation)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
 
     max_new_tokens: Annotated[int, Field(ge=1)] = Field(
         default=256, description="Longest completion, in tokens, the end token included."
     )
-    temperature: Annotated[float, Field(ge=0.0, le=100.0)] = Field(
-        default=1.0, description="Divides the logits; 0 takes the most likely token."
+    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
+        default=1.0,
+        description="Divides the logits: 0.01 to 2, what vLLM takes; 0 takes the likeliest token.",
     )
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
         default=1.0, description="Samples from the smallest set of tokens with this probability."
@@ -53,6 +53,13 @@ class GenerationSettings(BaseModel):
     ignore_eos: bool = Field(
         default=False, description="Goes on after the model's end tokens (for benchmarks)."
     )
+
+    @field_validator("temperature")
+    @classmethod
+    def _not_nearly_zero(cls, value: float) -> float:
+        if 0.0 < value < 0.01:
+            raise ValueError(f"{value} is below 0.01, which vLLM would raise it to: use 0 or 0.01")
+        return value
 
     @field_validator("stop", mode="before")
     @classmethod

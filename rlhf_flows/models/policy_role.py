@@ -148,9 +148,8 @@ class GeneratingPolicy(BaseModule):
             seeds=[int(s) for s in _column(data, "seed", self.name)],
             settings=settings,
         )
-        texts = self.tokenizer.batch_decode(
-            [list(c.ids) for c in completions], skip_special_tokens=True
-        )
+        decode = self.tokenizer.decode
+        texts = [decode(list(c.ids), skip_special_tokens=True) for c in completions]
         return {
             **data,
             "response_ids": [torch.tensor(c.ids, dtype=torch.int64) for c in completions],
