@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import is_tracing, record
+from rlhf_flows.modules.fingerprint import fingerprint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,6 +55,9 @@ class BaseModule:
 
     generates: ClassVar[bool] = False
     """Whether calls of this module sample from a model: such calls are the rollout phase."""
+
+    default_threads: ClassVar[int | None] = None
+    """CPU threads of a worker that is not told otherwise; None takes all cores."""
 
     _name: str
     _context: ModuleContext
@@ -123,6 +127,18 @@ class BaseModule:
         Cheap: paths, names, numbers. No model is loaded here.
         """
 
+    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
+        """Checks, in the user's program, the rows that `build_dataset` will be given.
+
+        Asked of the first module of a flow, before any actor starts. Raises DataError.
+        """
+
+    def fingerprint(self) -> bytes:
+        """Bytes that differ where code or arguments of the module do: a living worker whose
+        module has another fingerprint is rebuilt, so that a mended function takes effect.
+        """
+        return fingerprint(self)
+
     def setup(self) -> None:
         """Loads the model, once, in the worker."""
 
@@ -164,6 +180,18 @@ class BaseModule:
         """
         return data
 
+    def wants_episode(self, num_updates: int) -> bool:
+        """Whether training must see all of an episode's batches before its first step."""
+        return False
+
+    def before_updates(self, batches: list[Batch]) -> list[Batch]:
+        """All prepared batches of an episode, before its first step, where it `wants_episode`.
+
+        The place for log-probabilities under the policy at the start of training. May add
+        columns; must keep the batches, their rows and their order.
+        """
+        return batches
+
     def micro_batches(self, data: Batch) -> list[Batch]:
         """Cuts a prepared global batch into what one forward and backward pass takes."""
         return [data]
@@ -194,6 +222,10 @@ class BaseModule:
     def save_pretrained(self, folder: Path) -> None:
         """Writes the weights as a Hugging Face folder that any reader loads."""
         raise ConfigError(f"module {self.name!r} ({type(self).__name__}) has no weights to save")
+
+    def vocabulary_size(self) -> int:
+        """Tokens that a probe may use; 0 where a sync of this module cannot be probed."""
+        return 0
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         """Log-probabilities [len - 1] of each sequence's tokens after its first, at temperature 1.

@@ -1,1 +1,38 @@
-"""."""
+"""Actor pools: the models live here, across episodes, attempts and flow runs. The only room with Ray.
+
+A `Worker` holds one rank of one module; a `Pool` is the replicas of a module, seen from the flow;
+`connect` reaches the cluster. Data passes between workers and the store, never through the flow.
+"""
+
+from rlhf_flows.pools.cluster import Cluster, connect
+from rlhf_flows.pools.messages import (
+    CheckpointRecord,
+    Commit,
+    ForwardCall,
+    NodeReport,
+    PoolSpec,
+    Source,
+    StoredShard,
+    TrainCall,
+    TrainRows,
+    WeightsSource,
+    WorkerState,
+)
+from rlhf_flows.pools.pool import Pool
+
+__all__ = [
+    "CheckpointRecord",
+    "Cluster",
+    "Commit",
+    "ForwardCall",
+    "NodeReport",
+    "Pool",
+    "PoolSpec",
+    "Source",
+    "StoredShard",
+    "TrainCall",
+    "TrainRows",
+    "WeightsSource",
+    "WorkerState",
+    "connect",
+]

@@ -1,0 +1,275 @@
+"""What a user imports: `Engine` and its parts. The programming interface is ChatLearn's.
+
+An engine is a description: flow functions, datasets, which weights follow which. `learn` checks all
+of it in this process (`rlhf_flows.preparation`), and only then reaches for a cluster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import threading
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from rlhf_flows.config import EngineConfig, load_config
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.flow import RunResult
+from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.tasks.runtime import Progress, SyncPair
+
+__all__ = ["Engine", "Environment", "Evaluator", "GRPOEngine", "SFTEngine", "Trainer"]
+
+Flow = Callable[[Any], Any]
+T = TypeVar("T")
+
+
+class _Part:
+    """A flow function, and the dataset that it starts from."""
+
+    def __init__(self, flow: Flow) -> None:
+        if not callable(flow):
+            raise ConfigError(
+                f"{type(self).__name__} was given a {type(flow).__name__}, expected a flow:"
+                " a function of one batch that calls modules"
+            )
+        self.flow = flow
+        self.dataset: Any = None
+
+    def set_dataset(self, dataset: Any) -> Self:
+        """Rows (a list), or a JSONL, JSON or Parquet file of them."""
+        self.dataset = dataset
+        return self
+
+
+class Environment(_Part):
+    """Turns prompts into samples: rollout and scoring."""
+
+
+class Trainer(_Part):
+    """Trains on samples: each module call is one optimizer step on a global batch."""
+
+
+class Evaluator(_Part):
+    """Evaluates a policy version on a dataset of its own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """All that an engine says, as `preparation` reads it."""
+
+    name: str
+    config: EngineConfig
+    environment: Environment | None
+    trainer: Trainer | None
+    evaluator: Evaluator | None
+    syncs: tuple[SyncPair, ...]
+    takeover: bool
+    progress: Progress | None
+
+
+class Engine:
+    """Episodes of environment, trainer and evaluator; each of them may be None."""
+
+    def __init__(
+        self,
+        environment: Environment | None = None,
+        trainer: Trainer | None = None,
+        evaluator: Evaluator | None = None,
+        name: str = "engine",
+    ) -> None:
+        self.name = name
+        self.environment = environment
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.config = EngineConfig()
+        self._syncs: list[SyncPair] = []
+        self._stopped: Callable[[], None] | None = None
+
+    def set_environment(self, environment: Environment) -> Self:
+        self.environment = environment
+        return self
+
+    def set_trainer(self, trainer: Trainer) -> Self:
+        self.trainer = trainer
+        return self
+
+    def set_evaluator(self, evaluator: Evaluator) -> Self:
+        self.evaluator = evaluator
+        return self
+
+    def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
+        """What the episodes start from: rows (a list), or a JSONL, JSON or Parquet file of them."""
+        part = self.environment or self.trainer
+        if part is None:
+            raise ConfigError(
+                "set_dataset was called on an engine with neither environment nor trainer: give it"
+                " one first"
+            )
+        part.set_dataset(dataset)
+        return self
+
+    def set_parameter_sync(self, source: BaseModule, target: BaseModule) -> Self:
+        """`target` samples with the weights that `source` trains."""
+        if source.name == target.name:
+            raise ConfigError(
+                f"set_parameter_sync was given {source.name!r} twice: a module needs no sync with"
+                " itself"
+            )
+        self._syncs.append(SyncPair(source=source.name, target=target.name))
+        return self
+
+    def configure(self, config: EngineConfig | Mapping[str, Any] | None = None, /) -> Self:
+        """Takes a configuration: a model, or the same fields as nested dicts.
+
+        Raises:
+            ConfigError: an unknown field (with the nearest right one), or a wrong value.
+        """
+        if isinstance(config, EngineConfig):
+            self.config = config
+        elif config is not None:
+            current = self.config.model_dump(mode="json")
+            self.config = load_config(type(self.config), defaults=_merged(current, config))
+        return self
+
+    # ---- running --------------------------------------------------------------------------
+
+    def learn(
+        self,
+        *,
+        takeover: bool = False,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> RunResult:
+        """Runs all episodes, or what is missing of them; returns when they are done.
+
+        Outside a Prefect flow this starts a flow run; inside one its phases become tasks of that
+        flow. Works in scripts, notebooks and flows: it has an event loop in a thread of its own.
+
+        Args:
+            takeover: Replace another attempt of this run that is alive.
+            progress: Who is told how far it is.
+            settings: Fields of the configuration, such as `runtime={"num_episode": 3}`.
+
+        Raises:
+            UserError: something asked for is wrong; nothing expensive was started.
+            FencedError: a newer attempt took over.
+        """
+        return _in_own_loop(
+            lambda: self.alearn(takeover=takeover, progress=progress, **settings)
+        )
+
+    async def alearn(
+        self,
+        *,
+        takeover: bool = False,
+        progress: Progress | None = None,
+        **settings: Any,
+    ) -> RunResult:
+        """`learn` for callers with an event loop."""
+        from rlhf_flows.preparation import run_as_flow
+
+        if settings:
+            self.configure(settings)
+        if self.trainer is None and self.evaluator is None:
+            raise ConfigError(
+                "the engine has neither trainer nor evaluator, so there is nothing to learn: give"
+                " it one with set_trainer or set_evaluator"
+            )
+        return await run_as_flow(
+            Description(
+                name=self.name,
+                config=self.config,
+                environment=self.environment,
+                trainer=self.trainer,
+                evaluator=self.evaluator,
+                syncs=tuple(self._syncs),
+                takeover=takeover,
+                progress=progress,
+            )
+        )
+
+
+class GRPOEngine(Engine):
+    """Group relative policy optimization (arXiv 2402.03300): policy, reward, trainer.
+
+    The reference is needed where the loss has a KL term.
+    """
+
+    def __init__(
+        self,
+        policy: BaseModule,
+        policy_trainer: BaseModule,
+        reward: BaseModule,
+        reference: BaseModule | None = None,
+        name: str = "grpo",
+    ) -> None:
+        def env_flow(batch: Any) -> Any:
+            sampled = policy.forward_step(batch)
+            scored = reward.forward_step(sampled)
+            if reference is None:
+                return sampled, scored
+            return sampled, reference.forward_step(sampled), scored
+
+        def trainer_flow(batch: Any) -> None:
+            policy_trainer.train_step(batch)  # type: ignore[call-arg]
+
+        super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
+        self._policy, self._reward = policy, reward
+        self.set_parameter_sync(policy_trainer, policy)
+
+    def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
+        """Held-out prompts: evaluation samples from the policy and asks the same reward."""
+
+        def eval_flow(batch: Any) -> Any:
+            sampled = self._policy.eval_step(batch)
+            return sampled, self._reward.eval_step(sampled)
+
+        return self.set_evaluator(Evaluator(eval_flow).set_dataset(dataset))
+
+
+class SFTEngine(Engine):
+    """Supervised fine-tuning: a dataset and a trainer, no environment."""
+
+    def __init__(self, trainer: BaseModule, name: str = "sft") -> None:
+        def trainer_flow(batch: Any) -> None:
+            trainer.train_step(batch)  # type: ignore[call-arg]
+
+        super().__init__(None, Trainer(trainer_flow), name=name)
+
+
+def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in over.items():
+        inner = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(inner, Mapping):
+            merged[key] = _merged(inner, value)
+        else:
+            merged[key] = value
+    return merged
+
+
+def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Runs a coroutine in a new thread with its own loop, in a copy of this context."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(make())
+    context = contextvars.copy_context()
+    outcome: list[T] = []
+    failure: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            outcome.append(context.run(asyncio.run, make()))
+        except BaseException as e:
+            failure.append(e)
+
+    thread = threading.Thread(target=work, name="rlhf_flows.learn")
+    thread.start()
+    thread.join()
+    if failure:
+        raise failure[0]
+    return outcome[0]

@@ -1,0 +1,194 @@
+"""The flow that strings phases together: a chain per episode, and asynchrony as a missing edge.
+
+Version `v` is what training of episode `v - 1` committed. The edges (design, section 5):
+
+- rollout of episode e: the sync to the version that it samples from, and the rollout before it;
+- scoring of e: consumes rollout of e shard by shard;
+- training of e: training of e - 1, and scoring of e shard by shard;
+- sync to v: training of v - 1, and everybody who still reads the pools at an older version;
+- evaluation of v: the sync to v.
+
+With `max_staleness=0` these edges leave no choice: on-policy. With 1 the rollout of e + 1 has no
+edge from training of e, so they overlap. There is no second scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
+from rlhf_flows.tasks.dispatch import together
+
+__all__ = ["RunResult", "run_episodes"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What an attempt did, and what the whole run has come to."""
+
+    run: str
+    url: str
+    """Where everything of the run lies."""
+    version: int
+    """The newest policy version."""
+    resumed_at: int
+    """The first episode that this attempt trained; 0 for a new run."""
+    episodes: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """What training measured, by episode."""
+    evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
+    """Means over the held-out prompts, by policy version."""
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Of this attempt, by phase."""
+
+
+async def run_episodes(runtime: Runtime) -> RunResult:
+    """Runs what is missing of the run, from what its store holds."""
+    phases = _Phases(runtime)
+    async with together() as group:
+        await phases.schedule(group)
+    return await phases.result()
+
+
+class _Phases:
+    """The tasks of this attempt, by phase and number, and the edges between them."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self.runtime = runtime
+        self.first = min(runtime.state.trained_episodes, runtime.config.runtime.num_episode)
+        self.last = runtime.config.runtime.num_episode
+        self.seconds: dict[str, float] = {}
+        self.evaluations: dict[int, dict[str, float]] = {}
+        self._done: dict[tuple[str, int], asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup
+
+    async def schedule(self, group: asyncio.TaskGroup) -> None:
+        """Creates the tasks episode by episode; they wait for each other by their edges."""
+        self._group = group
+        runtime = self.runtime
+        self._evaluate_stored_versions()
+        start = runtime.sampling_version(self.first) if self.first < self.last else self.last
+        if runtime.syncs:
+            self._start("sync", start, self._sync(start))
+        self._start_evaluation(start)
+        ahead = runtime.config.runtime.max_staleness + 2
+        for episode in range(self.first, self.last):
+            await self._after(("training", episode - ahead))
+            if runtime.rollout_nodes:
+                self._start("rollout", episode, self._rollout(episode))
+            if runtime.scoring_nodes:
+                self._start("scoring", episode, self._scoring(episode))
+            if runtime.trainer is not None:
+                self._start("training", episode, self._training(episode))
+            version = episode + 1
+            if runtime.syncs and self._is_synced(version) and version > start:
+                self._start("sync", version, self._sync(version))
+            if version > start:
+                self._start_evaluation(version)
+
+    def _start(self, phase: str, number: int, work: Coroutine[Any, Any, None]) -> None:
+        self._done[phase, number] = self._group.create_task(work, name=f"{phase} {number}")
+
+    async def _after(self, *edges: tuple[str, int]) -> None:
+        """Waits for those of the named tasks that exist; what they raise ends the group."""
+        tasks = [self._done[edge] for edge in edges if edge in self._done]
+        if tasks:
+            await asyncio.wait(tasks)
+            if any(t.cancelled() or t.exception() for t in tasks):
+                raise asyncio.CancelledError  # the group raises the cause
+
+    def _count(self, phase: str, report: dict[str, Any]) -> None:
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + float(report["seconds"])
+
+    # ---- the phases and their edges -------------------------------------------------------
+
+    async def _rollout(self, episode: int) -> None:
+        version = self.runtime.sampling_version(episode)
+        await self._after(("sync", version), ("rollout", episode - 1))
+        data = await self.runtime.episode(episode)
+        try:
+            self._count("rollout", await rollout(self.runtime, episode))
+        except BaseException as e:
+            data.rollout.fail(e)
+            raise
+
+    async def _scoring(self, episode: int) -> None:
+        await self._after(("scoring", episode - 1))
+        if not self.runtime.rollout_nodes:
+            version = self.runtime.sampling_version(episode)
+            await self._after(("sync", version))
+        data = await self.runtime.episode(episode)
+        try:
+            self._count("scoring", await scoring(self.runtime, episode))
+        except BaseException as e:
+            data.scored.fail(e)
+            raise
+
+    async def _training(self, episode: int) -> None:
+        await self._after(("training", episode - 1))
+        if self.runtime.environment is not None:
+            # Not an edge of the graph: a Prefect task run that only waits would count as running.
+            data = await self.runtime.episode(episode)
+            await _first_shard(data.scored)
+        self._count("training", await training(self.runtime, episode))
+        self.runtime.forget(episode)
+
+    async def _sync(self, version: int) -> None:
+        staleness = self.runtime.config.runtime.max_staleness
+        readers = [("rollout", e) for e in range(self.first, min(version + staleness, self.last))]
+        evaluations = [("evaluation", v) for v in range(version)]
+        await self._after(("training", version - 1), *readers, *evaluations)
+        self._count("param_sync", await param_sync(self.runtime, version))
+
+    async def _evaluation(self, version: int) -> None:
+        await self._after(("sync", version), ("training", version - 1))
+        report = await evaluation(self.runtime, version)
+        self.evaluations[version] = report["metrics"]
+        self._count("evaluation", report)
+
+    # ---- what is evaluated ----------------------------------------------------------------
+
+    def _is_synced(self, version: int) -> bool:
+        return version % self.runtime.config.runtime.sync_frequency == 0 or version == self.last
+
+    def _is_evaluated(self, version: int) -> bool:
+        settings = self.runtime.config.runtime
+        if self.runtime.evaluator is None or not self._is_synced(version):
+            return False
+        if version == 0:
+            return settings.enable_eval_before_training
+        interval = settings.eval_episode_interval
+        return version == self.last or bool(interval and version % interval == 0)
+
+    def _start_evaluation(self, version: int) -> None:
+        if self._is_evaluated(version):
+            self._start("evaluation", version, self._evaluation(version))
+
+    def _evaluate_stored_versions(self) -> None:
+        """Evaluations that are done are read; one that was missed cannot be without its weights."""
+        for (version, _), state in self.runtime.state.evaluations.items():
+            if state.done and version < self.runtime.sampling_version(self.first):
+                self._start("evaluation", version, self._evaluation(version))
+
+    async def result(self) -> RunResult:
+        runtime = self.runtime
+        episodes = {}
+        for version in range(1, self.last + 1 if runtime.trainer is not None else 1):
+            commit = await runtime.commit_of(version)
+            episodes[version - 1] = {**commit["metrics"], "seconds": commit["seconds"]}
+        return RunResult(
+            run=runtime.run,
+            url=f"{runtime.store.url}/{runtime.run}",
+            version=self.last if runtime.trainer is not None else 0,
+            resumed_at=self.first,
+            episodes=episodes,
+            evaluations=dict(sorted(self.evaluations.items())),
+            seconds=self.seconds,
+        )
+
+
+async def _first_shard(stream: Any) -> None:
+    async for _ in stream:
+        return

@@ -1,0 +1,141 @@
+"""Reaching the Ray cluster: a local head that ends with this process, or one that runs already.
+
+The decision here: token authentication is always on, since Ray's control service listens on every
+interface. A local head gets a token of its own, in memory only; a running one is reached with the
+token that the environment names.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import psutil
+import ray
+
+from rlhf_flows.config import ClusterConfig, default_threads
+from rlhf_flows.errors import PoolError, ResourcesError
+
+__all__ = ["Cluster", "connect"]
+
+_CONNECT_TIMEOUT_S = 120.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cluster:
+    """A connection to Ray."""
+
+    is_local: bool
+    """Whether the head was started by this process and ends with it."""
+    address: str
+    resources: Mapping[str, float] = field(default_factory=dict)
+
+    def check_fits(self, wanted: Mapping[str, Sequence[tuple[str, float]]]) -> None:
+        """Refuses what the cluster can never hold.
+
+        Args:
+            wanted: For each resource (CPU, GPU, memory), (module, amount) of every module.
+
+        Raises:
+            ResourcesError: names the resource, who asks for it, and what there is.
+        """
+        for resource, asks in wanted.items():
+            total = sum(amount for _, amount in asks)
+            have = self.resources.get(resource, 0.0)
+            if total > have:
+                who = ", ".join(f"{name} {_amount(resource, n)}" for name, n in asks if n)
+                raise ResourcesError(
+                    f"the modules ask for {_amount(resource, total)} ({who}), the cluster at"
+                    f" {self.address} has {_amount(resource, have)}: lower"
+                    f" models.<name>.{_FIELDS[resource]} or num_replica, or add a node"
+                )
+
+
+_FIELDS = {"CPU": "num_cpu", "GPU": "num_gpu", "memory": "memory_bytes"}
+
+
+def _amount(resource: str, value: float) -> str:
+    if resource == "memory":
+        return f"{value / 2**30:.1f} GiB of memory"
+    return f"{value:g} {resource}s"
+
+
+async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:
+    """Connects this process to Ray, starting a local head where no address is configured.
+
+    A process has one connection: a second call returns the same cluster.
+
+    Raises:
+        PoolError: no head answers at the address, or the local one does not start.
+    """
+    if ray.is_initialized():
+        return _connected(is_local=config.address is None)
+    started = time.monotonic()
+    try:
+        async with asyncio.timeout(_CONNECT_TIMEOUT_S):
+            await asyncio.to_thread(_init, config, min_cpus)
+    except TimeoutError as e:
+        raise PoolError(
+            f"no connection to Ray ({config.address or 'local'}) within {_CONNECT_TIMEOUT_S:g} s:"
+            " check cluster.address and that the head runs"
+        ) from e
+    except (ConnectionError, ray.exceptions.RaySystemError, ValueError, RuntimeError) as e:
+        raise PoolError(
+            f"no connection to Ray ({config.address or 'a local head'}) after"
+            f" {time.monotonic() - started:.0f} s: {str(e).strip().splitlines()[-1]}. Check"
+            " cluster.address, that the head runs, and that RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            " holds its token"
+        ) from e
+    return _connected(is_local=config.address is None)
+
+
+def _authenticate(*, is_local: bool) -> None:
+    if "RAY_AUTH_MODE" in os.environ:
+        return  # asked for, or done by an earlier call
+    if is_local and not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ["RAY_AUTH_MODE"] = "token"
+    # Ray reads the mode when it is imported, which may be long ago; it refreshes it the same way.
+    ray._raylet.Config.initialize("")
+
+
+def _init(config: ClusterConfig, min_cpus: float) -> None:
+    _authenticate(is_local=config.address is None)
+    common: dict[str, Any] = {
+        "logging_level": logging.ERROR,
+        "log_to_driver": False,
+        "configure_logging": True,
+    }
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if config.address is not None:
+        ray.init(address=config.address, **common)
+        return
+    free = psutil.virtual_memory().available
+    ray.init(
+        address="local",
+        num_cpus=int(max(config.num_cpus or default_threads(), min_cpus)),
+        object_store_memory=min(config.object_store_memory_bytes, free // 4),
+        include_dashboard=False,
+        **common,
+    )
+
+
+def _connected(*, is_local: bool) -> Cluster:
+    return Cluster(
+        is_local=is_local,
+        address="the local head" if is_local else ray.get_runtime_context().gcs_address,
+        resources=ray.cluster_resources(),
+    )
+
+
+def disconnect() -> None:
+    """Ends the connection; a local head ends with it."""
+    with contextlib.suppress(Exception):  # Ray raises various things while its head goes away.
+        ray.shutdown()

@@ -1,0 +1,215 @@
+"""What the flow and the workers say to each other: small frozen records, no data.
+
+Batches travel beside them as Ray objects (Arrow tables), or are read from the store.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_flows.modules.base import ModuleContext
+from rlhf_flows.store import FolderRecord
+
+__all__ = [
+    "SOURCE",
+    "CheckpointRecord",
+    "Commit",
+    "ForwardCall",
+    "NodeReport",
+    "PoolSpec",
+    "Source",
+    "StoredShard",
+    "TrainCall",
+    "TrainRows",
+    "WeightsSource",
+    "WorkerState",
+]
+
+
+SOURCE = -1
+"""Stands for the source among the inputs of a `ForwardCall`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolSpec:
+    """What a pool is made of. Its digest decides whether a living pool can be taken over."""
+
+    run: str
+    module: bytes
+    """The module, by cloudpickle."""
+    module_name: str
+    store_url: str
+    context: ModuleContext
+    num_replica: int = 1
+    ranks_per_replica: int = 1
+    num_gpu: float = 0
+    num_cpu: float = 0
+    memory_bytes: int = 0
+    num_threads: int = 1
+    lease_s: float = 900.0
+    log_level: str = "WARNING"
+    digest: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerState:
+    """What a worker holds, as it says on `attach`."""
+
+    pid: int
+    host: str
+    digest: str
+    ready: bool
+    """`setup` is done."""
+    version: int
+    """Policy version of the weights it holds."""
+    clean: bool
+    """Nothing was trained since that version was committed."""
+    datasets: tuple[tuple[str, str], ...] = ()
+    """(kind, digest) of each dataset it holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Rows of the dataset as the input of a node, with the columns of the plan."""
+
+    dataset: str
+    """`train` or `eval`."""
+    columns: Mapping[str, list[Any]]
+    """sample_id, group, sibling, prompt_row and seed of each sample."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoredShard:
+    """A batch to be read from the store, where its Ray object is gone: objects merged in order."""
+
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Commit:
+    """Asks a worker to write its shard."""
+
+    key: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ForwardCall:
+    """One node of the graph on one shard."""
+
+    attempt: int
+    phase: str
+    episode: int
+    shard: int
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[int, ...] = ()
+    """The node's inputs in order: an index into the tables that follow, or `SOURCE`."""
+    source: Source | None = None
+    merged: tuple[int, ...] = ()
+    """Tables that are outputs of other nodes of the phase, stored with this one's."""
+    base: int | None = None
+    """The table that is the rollout shard: what it holds is not stored again."""
+    version: int | None = None
+    """The policy version that must be in the weights, for a module that follows a trainer."""
+    batch_size: int | None = None
+    """Rows of one call of the module's method; all by default."""
+    commit: Commit | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeReport:
+    """What a node did on a shard."""
+
+    module: str
+    shard: int
+    rows: int
+    seconds: float
+    key: str = ""
+    num_bytes: int = 0
+    adopted: bool = False
+    """Somebody else had committed this shard; theirs is what counts."""
+    metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    """Of each number column, and of the lengths of ragged ones: its mean and its rows."""
+    previews: tuple[Mapping[str, Any], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainRows:
+    """Some rows of one shard."""
+
+    shard: int
+    rows: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainCall:
+    """One global batch of one trainable module: one optimizer step."""
+
+    attempt: int
+    episode: int
+    version: int
+    """The version that the weights must have at the start of the episode."""
+    index: int
+    """Of this optimizer step within the episode; 0 starts the episode."""
+    iteration: int
+    """Of this optimizer step within the run."""
+    num_updates: int
+    """Optimizer steps of this episode."""
+    method: str
+    rows: tuple[TrainRows, ...] = ()
+    """This batch, in order."""
+    episode_rows: tuple[tuple[TrainRows, ...], ...] | None = None
+    """Every batch of the episode, for a module that wants them before its first step."""
+    shards: tuple[int, ...] = ()
+    """Index of each shard whose table follows; a worker keeps them for the episode."""
+    sources: tuple[tuple[int, Source], ...] = ()
+    """Instead of tables, where a flow has no environment: (shard, rows of the dataset)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointRecord:
+    """One module's part of a commit."""
+
+    module: str
+    digest: str
+    """Of the weights: names, dtypes, shapes and bytes."""
+    weights: FolderRecord | None
+    state: FolderRecord | None
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "module": self.module,
+            "digest": self.digest,
+            "weights": None if self.weights is None else self.weights.to_json(),
+            "state": None if self.state is None else self.state.to_json(),
+            "seconds": round(self.seconds, 4),
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> CheckpointRecord:
+        weights, state = data["weights"], data["state"]
+        return cls(
+            module=data["module"],
+            digest=data["digest"],
+            weights=None if weights is None else FolderRecord.from_json(weights),
+            state=None if state is None else FolderRecord.from_json(state),
+            seconds=data["seconds"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightsSource:
+    """Weights on their way from a trainer: where the buckets are and what they must add up to."""
+
+    version: int
+    digest: str
+    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]
+    """(name, dtype, shape) of each tensor, in order."""
+    buckets: tuple[tuple[int, ...], ...]
+    """Indices into the manifest, of each bucket."""
+    refs: tuple[Any, ...]
+    """The Ray object of each bucket."""
+    num_bytes: int

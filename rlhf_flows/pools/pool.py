@@ -1,0 +1,433 @@
+"""`Pool`: the replicas of one module as the flow sees them: found again or created, fed, repaired.
+
+Calls go to the first free replica. A replica that dies is replaced, gets its dataset and the right
+weights *before* it gets work, and the call that died with it raises `ReplicaDiedError`, so that the
+caller hands the same shard to whoever is free. Every wait has a timeout that names what it waits
+for. Nothing here touches a batch: arguments and results are references.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ObjectLostError,
+    OwnerDiedError,
+    RayActorError,
+    RayTaskError,
+)
+
+from rlhf_flows.errors import PoolError, ReplicaDiedError, TransientError, WaitTimeoutError
+from rlhf_flows.pools.messages import PoolSpec, WorkerState
+from rlhf_flows.pools.worker import Worker
+
+__all__ = ["Pool", "Replica", "namespace_of"]
+
+logger = logging.getLogger(__name__)
+
+_ATTACH_TIMEOUT_S = 120.0
+_DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
+_LOST = (ObjectLostError, OwnerDiedError)
+
+
+def namespace_of(run: str) -> str:
+    """The Ray namespace of a run's actors."""
+    return f"rlhf_flows/{run}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One copy of the module: an actor for each rank."""
+
+    index: int
+    ranks: list[Any]
+    state: WorkerState
+    working_on: str = ""
+    since: float = 0.0
+    alive: bool = True
+
+    @property
+    def version(self) -> int:
+        return self.state.version
+
+
+BringTo = Callable[["Pool", Replica, int], Awaitable[None]]
+"""Brings a replica to a policy version; the runtime knows where the weights are."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Pool:
+    """The replicas of one module."""
+
+    spec: PoolSpec
+    attempt: int
+    setup_timeout_s: float
+    max_restarts: int
+    bring_to: BringTo | None = None
+    reattached: int = 0
+    """Replicas that were found alive."""
+    _replicas: list[Replica] = field(default_factory=list)
+    _free: asyncio.Queue[Replica] = field(default_factory=asyncio.Queue)
+    _datasets: dict[str, tuple[str, Any]] = field(default_factory=dict)
+    _restarts: int = 0
+
+    @property
+    def name(self) -> str:
+        return self.spec.module_name
+
+    @property
+    def replicas(self) -> Sequence[Replica]:
+        return self._replicas
+
+    # ---- opening and closing --------------------------------------------------------------
+
+    async def open(self) -> None:
+        """Finds the replicas that live, creates the others. All are ready afterwards.
+
+        Raises:
+            PoolError: a replica does not come up; those that this call created are ended.
+        """
+        try:
+            opened = await asyncio.gather(
+                *(self._open_replica(i) for i in range(self.spec.num_replica))
+            )
+        except BaseException:
+            self.release()
+            raise
+        self._replicas = list(opened)
+        for replica in self._replicas:
+            self._free.put_nowait(replica)
+        self._drop_surplus()
+
+    async def _open_replica(self, index: int) -> Replica:
+        found = await self._find(index)
+        if found is not None:
+            self.reattached += 1
+            return found
+        return await self._create(index)
+
+    async def _find(self, index: int) -> Replica | None:
+        actors = []
+        for rank in range(self.spec.ranks_per_replica):
+            try:
+                actors.append(ray.get_actor(self._actor_name(index, rank), self._namespace))
+            except ValueError:
+                self._kill(actors)
+                return None
+        try:
+            waiting_for = f"replica {index} of pool {self.name!r} to finish its last call"
+            states = await self._gather(
+                [a.attach.remote(self.attempt) for a in actors], _ATTACH_TIMEOUT_S, waiting_for
+            )
+        except (TransientError, *_DEAD):
+            states = []
+        fits = states and all(s.ready and s.digest == self.spec.digest for s in states)
+        if not fits or len({s.version for s in states}) > 1:
+            logger.info("replica %d of pool %r is of another making: rebuilt", index, self.name)
+            await self._end(index, actors)
+            return None
+        return Replica(index=index, ranks=actors, state=states[0])
+
+    async def _create(self, index: int) -> Replica:
+        ranks = [self._start_actor(index, rank) for rank in range(self.spec.ranks_per_replica)]
+        waiting_for = f"pool {self.name!r}, replica {index}, to load its model"
+        try:
+            rendezvous = None
+            if len(ranks) > 1:
+                rendezvous = await self._await(
+                    ranks[0].rendezvous.remote(), self.setup_timeout_s, waiting_for
+                )
+            states = await self._gather(
+                [r.setup.remote(self.attempt, rendezvous) for r in ranks],
+                self.setup_timeout_s,
+                waiting_for,
+            )
+        except _DEAD as e:
+            self._kill(ranks)
+            raise PoolError(
+                f"pool {self.name!r}: the process of replica {index} died while it loaded its"
+                f" model ({_last_line(e)}): look for memory running out, and into Ray's worker logs"
+            ) from e
+        except BaseException:
+            self._kill(ranks)
+            raise
+        replica = Replica(index=index, ranks=ranks, state=states[0])
+        await self._give_datasets(replica)
+        return replica
+
+    def _start_actor(self, index: int, rank: int) -> Any:
+        spec = self.spec
+        threads = str(spec.num_threads)
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "PYTHONPATH": _import_path(),
+        }
+        actor_class = ray.remote(Worker)
+        return actor_class.options(
+            name=self._actor_name(index, rank),
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=spec.num_cpu,
+            num_gpus=spec.num_gpu,
+            memory=spec.memory_bytes or None,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": environment},
+        ).remote(spec, replica=index, rank=rank)
+
+    async def _end(self, index: int, actors: Sequence[Any]) -> None:
+        """Ends actors and waits until their names are free."""
+        self._kill(actors)
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            names = {self._actor_name(index, r) for r in range(self.spec.ranks_per_replica)}
+            if not names & _living(self._namespace):
+                return
+            await asyncio.sleep(0.05)
+        raise WaitTimeoutError(
+            f"pool {self.name!r}: the actors of replica {index} did not end within 30 s"
+        )
+
+    def _drop_surplus(self) -> None:
+        """Ends replicas of an earlier attempt that had more of them."""
+        mine = {
+            self._actor_name(i, r)
+            for i in range(self.spec.num_replica)
+            for r in range(self.spec.ranks_per_replica)
+        }
+        for name in _living(self._namespace) - mine:
+            if name.startswith(f"{self.name}/"):
+                with contextlib.suppress(ValueError):
+                    self._kill([ray.get_actor(name, self._namespace)])
+
+    def release(self) -> None:
+        """Ends every actor of the pool, and frees what they held."""
+        for name in _living(self._namespace):
+            if name.startswith(f"{self.name}/"):
+                with contextlib.suppress(ValueError):
+                    self._kill([ray.get_actor(name, self._namespace)])
+        self._replicas = []
+
+    @staticmethod
+    def _kill(actors: Sequence[Any]) -> None:
+        for actor in actors:
+            ray.kill(actor, no_restart=True)
+
+    @property
+    def _namespace(self) -> str:
+        return namespace_of(self.spec.run)
+
+    def _actor_name(self, index: int, rank: int) -> str:
+        return f"{self.name}/{index}/{rank}"
+
+    # ---- datasets -------------------------------------------------------------------------
+
+    async def set_dataset(self, kind: str, digest: str, rows: Any) -> None:
+        """Every replica builds the dataset of `rows` (a reference), unless it has it."""
+        self._datasets[kind] = (digest, rows)
+        await asyncio.gather(*(self._give_datasets(r) for r in self._replicas))
+
+    async def _give_datasets(self, replica: Replica) -> None:
+        for kind, (digest, rows) in self._datasets.items():
+            if (kind, digest) not in replica.state.datasets:
+                await self._gather(
+                    [a.load_dataset.remote(self.attempt, kind, digest, rows) for a in replica.ranks],
+                    self.setup_timeout_s,
+                    f"pool {self.name!r} to build the {kind} dataset",
+                )
+
+    # ---- calls ----------------------------------------------------------------------------
+
+    async def call(
+        self,
+        method: str,
+        *args: Any,
+        what: str,
+        timeout_s: float,
+        version: int | None = None,
+        num_returns: int = 1,
+    ) -> Any:
+        """Calls `method` on the first free replica, on every rank; returns what rank 0 returned.
+
+        With several returns, all but the last are references; the last is awaited.
+
+        Args:
+            what: Names the work in messages, such as "shard 3 of rollout of episode 2".
+            version: The policy version that the replica must hold; it is brought there first.
+
+        Raises:
+            ReplicaDiedError: the replica died, or a reference it was given is lost.
+            WaitTimeoutError: no answer in time; the replica is replaced.
+        """
+        async with self._claim(what, timeout_s) as replica:
+            if version is not None and replica.version != version:
+                assert self.bring_to is not None
+                await self.bring_to(self, replica, version)
+            return await self._call_on(replica, method, args, what, timeout_s, num_returns)
+
+    async def broadcast(self, method: str, *args: Any, what: str, timeout_s: float) -> list[Any]:
+        """Calls `method` on every replica at once, each as soon as it is free."""
+        return await asyncio.gather(
+            *(
+                self.on_replica(replica, method, *args, what=what, timeout_s=timeout_s)
+                for replica in list(self._replicas)
+            )
+        )
+
+    async def on_replica(
+        self, replica: Replica, method: str, *args: Any, what: str, timeout_s: float
+    ) -> Any:
+        """Calls `method` on one replica. The caller holds it, or does not mind who works on it."""
+        return await self._call_on(replica, method, args, what, timeout_s, 1)
+
+    @contextlib.asynccontextmanager
+    async def _claim(self, what: str, timeout_s: float) -> AsyncIterator[Replica]:
+        try:
+            async with asyncio.timeout(timeout_s):
+                replica = await self._free.get()
+        except TimeoutError as e:
+            raise WaitTimeoutError(
+                f"{what} waited {timeout_s:g} s for a free replica of pool {self.name!r}:"
+                f" {self._occupation()}"
+            ) from e
+        try:
+            if not replica.alive:
+                replica = await self._replace(replica)
+            replica.working_on, replica.since = what, time.monotonic()
+            yield replica
+        finally:
+            replica.working_on = ""
+            self._free.put_nowait(replica)
+
+    def _occupation(self) -> str:
+        now = time.monotonic()
+        return "; ".join(
+            f"replica {r.index} works on {r.working_on} since {now - r.since:.0f} s"
+            if r.working_on
+            else f"replica {r.index} is {'idle' if r.alive else 'dead'}"
+            for r in self._replicas
+        )
+
+    async def _call_on(
+        self,
+        replica: Replica,
+        method: str,
+        args: Sequence[Any],
+        what: str,
+        timeout_s: float,
+        num_returns: int,
+    ) -> Any:
+        waiting_for = f"{what} on replica {replica.index} of pool {self.name!r}"
+        try:
+            answers = [
+                getattr(rank, method).options(num_returns=num_returns).remote(*args)
+                for rank in replica.ranks
+            ]
+            last = [a[-1] if num_returns > 1 else a for a in answers]
+            results = await self._gather(last, timeout_s, waiting_for)
+        except WaitTimeoutError:
+            # What it does is unknown; only a new process is known to be idle.
+            replica.alive = False
+            self._kill(replica.ranks)
+            raise
+        except _DEAD as e:
+            replica.alive = False
+            raise ReplicaDiedError(
+                f"replica {replica.index} of pool {self.name!r} died during {what}: {_last_line(e)}"
+            ) from e
+        except _LOST as e:
+            raise ReplicaDiedError(f"an input of {what} was lost: {_last_line(e)}") from e
+        return [*answers[0][:-1], results[0]] if num_returns > 1 else results[0]
+
+    async def _replace(self, dead: Replica) -> Replica:
+        self._restarts += 1
+        if self._restarts > self.max_restarts:
+            raise PoolError(
+                f"pool {self.name!r}: its replicas died {self._restarts} times within one phase,"
+                f" more than runtime.max_replica_restarts={self.max_restarts}: look into the"
+                " worker logs of Ray for the cause"
+            )
+        logger.warning("replica %d of pool %r is replaced", dead.index, self.name)
+        await self._end(dead.index, dead.ranks)
+        fresh = await self._create(dead.index)
+        dead.ranks, dead.state, dead.alive = fresh.ranks, fresh.state, True
+        return dead
+
+    def begin_phase(self) -> None:
+        """Restarts are counted per phase."""
+        self._restarts = 0
+
+    async def refresh(self, replica: Replica) -> WorkerState:
+        """Asks a replica what it holds."""
+        state: WorkerState = await self._call_on(replica, "state", (), "its state", 60.0, 1)
+        replica.state = state
+        return state
+
+    async def rebuild(self, replica: Replica) -> None:
+        """A new process in place of the replica's: a module as its `setup` leaves it."""
+        await self._end(replica.index, replica.ranks)
+        fresh = await self._create(replica.index)
+        replica.ranks, replica.state, replica.alive = fresh.ranks, fresh.state, True
+
+    async def heartbeat(self) -> None:
+        """Keeps the lease of idle replicas; a busy one keeps its own."""
+        for replica in self._replicas:
+            if replica.alive and not replica.working_on:
+                for rank in replica.ranks:
+                    rank.heartbeat.remote(self.attempt)
+
+    # ---- waiting --------------------------------------------------------------------------
+
+    async def _await(self, ref: Any, timeout_s: float, waiting_for: str) -> Any:
+        (result,) = await self._gather([ref], timeout_s, waiting_for)
+        return result
+
+    @staticmethod
+    async def _gather(refs: Sequence[Any], timeout_s: float, waiting_for: str) -> list[Any]:
+        """All results; the first failure at once, unwrapped from what Ray makes of it."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                return list(await asyncio.gather(*refs))
+        except TimeoutError as e:
+            raise WaitTimeoutError(f"waited {timeout_s:g} s for {waiting_for}") from e
+        except RayTaskError as e:
+            cause = e.cause
+            if isinstance(cause, Exception) and not isinstance(cause, RayTaskError):
+                raise cause from e
+            raise
+
+
+def _living(namespace: str) -> set[str]:
+    return {
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == namespace
+    }
+
+
+def _import_path() -> str:
+    """Where this process imports from beside its installation: the user's own code."""
+    site = tuple(p for p in (sys.prefix, sys.base_prefix) if p)
+    own = [os.path.abspath(p) for p in sys.path if p and not os.path.abspath(p).startswith(site)]
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(p for p in (*own, *inherited) if p))
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

@@ -1,0 +1,97 @@
+"""Param sync: the new weights into every replica that samples with them, checked twice.
+
+The digest of the bytes is checked before they are loaded, log-probabilities of probe sequences
+after: some engines re-lay weights as they load, so they cannot be read back. A failed load leaves
+an engine in no known state; the replica is then replaced and brought to the version from scratch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from prefect import task
+
+from rlhf_flows.errors import SyncError
+from rlhf_flows.pools import Pool
+from rlhf_flows.pools.pool import Replica
+from rlhf_flows.tasks.retrying import PHASE
+from rlhf_flows.tasks.runtime import Runtime, SyncPair
+
+__all__ = ["param_sync"]
+
+_PROBE_TIMEOUT_S = 120.0
+_TOLERANCE = {"float32": 5e-3, "bfloat16": 0.25, "float16": 0.1}
+"""Mean distance of probe logprobs that two exact implementations of one model may show."""
+
+
+@task(name="param_sync", task_run_name="param sync to version {version}", **PHASE)
+async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
+    """Brings every sampler to `version`. Leaves no record: each attempt asks what is held."""
+    started = time.perf_counter()
+    runtime.progress.started("param_sync", version, len(runtime.syncs))
+    gaps = await asyncio.gather(*(_sync(runtime, pair, version) for pair in runtime.syncs))
+    seconds = time.perf_counter() - started
+    metrics = {"probe_gap": max(found)} if (found := [g for g in gaps if g is not None]) else {}
+    runtime.progress.finished("param_sync", version, seconds, metrics)
+    return {"version": version, "seconds": seconds, **metrics}
+
+
+async def _sync(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
+    pool = runtime.pools[pair.target]
+    pool.begin_phase()
+    await asyncio.gather(*(_bring(runtime, pool, r, version) for r in pool.replicas))
+    if not runtime.config.runtime.sync_probe:
+        return None
+    return await _probe(runtime, pair, version)
+
+
+async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -> None:
+    if replica.alive and replica.version == version:
+        return
+    try:
+        if not replica.alive:
+            await pool.rebuild(replica)
+        await runtime.bring_to(pool, replica, version)
+    except SyncError:
+        await pool.rebuild(replica)
+        await runtime.bring_to(pool, replica, version)
+
+
+async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
+    """The mean distance of logprobs between trainer and samplers, if the trainer is at rest."""
+    (trainer,) = runtime.pools[pair.source].replicas
+    if trainer.working_on or not trainer.state.clean or trainer.version != version:
+        return None
+    sequences, dtype = await runtime.pools[pair.source].on_replica(
+        trainer, "probe_sequences", what="choosing probe sequences", timeout_s=_PROBE_TIMEOUT_S
+    )
+    if not sequences:
+        return None
+    what = f"probing the weights of version {version}"
+    pool = runtime.pools[pair.target]
+    args = ("probe", runtime.attempt, sequences)
+    expected, *found = await asyncio.gather(
+        runtime.pools[pair.source].on_replica(
+            trainer, *args, what=what, timeout_s=_PROBE_TIMEOUT_S
+        ),
+        *(
+            pool.on_replica(r, *args, what=what, timeout_s=_PROBE_TIMEOUT_S)
+            for r in pool.replicas
+        ),
+    )
+    gap = max(_distance(expected, logprobs) for logprobs in found)
+    tolerance = _TOLERANCE.get(dtype, _TOLERANCE["bfloat16"])
+    if gap > tolerance:
+        raise SyncError(
+            f"after the sync to version {version}, {pair.target!r} gives logprobs that are"
+            f" {gap:.4f} off those of {pair.source!r} on average (allowed {tolerance} in {dtype}):"
+            " the two do not hold the same model; check that both start from the same folder"
+        )
+    return gap
+
+
+def _distance(expected: list[list[float]], found: list[list[float]]) -> float:
+    pairs = [(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)]
+    return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))

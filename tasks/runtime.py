@@ -1,0 +1,261 @@
+"""`Runtime`: what the phases of one attempt share: store, pools, graphs, plans, streams.
+
+It lives in the flow process and holds no samples: handles, references and small records only. It
+answers three questions for the phases: what is planned, what is there already, and where the
+weights of a policy version are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from rlhf_flows.config import EngineConfig
+from rlhf_flows.data.plan import EpisodePlan, make_plan
+from rlhf_flows.data.stream import StreamDataset
+from rlhf_flows.errors import DataError, PoolError, StoreDamageError
+from rlhf_flows.graph import Graph
+from rlhf_flows.pools import CheckpointRecord, Pool, WeightsSource
+from rlhf_flows.pools.pool import Replica
+from rlhf_flows.store import ObjectStore, RunLayout, RunState, check_fence, commit_json, read_json
+
+__all__ = ["DatasetInfo", "EpisodeData", "NoProgress", "Progress", "Runtime", "SyncPair"]
+
+
+class Progress(Protocol):
+    """Who wants to know how far it is: the terminal, the artifacts of the UI."""
+
+    def started(self, phase: str, number: int, total: int) -> None: ...
+    def advanced(self, phase: str, number: int, done: int) -> None: ...
+    def finished(
+        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
+    ) -> None: ...
+    def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+class NoProgress:
+    """Nobody wants to know."""
+
+    def started(self, phase: str, number: int, total: int) -> None: ...
+    def advanced(self, phase: str, number: int, done: int) -> None: ...
+    def finished(
+        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
+    ) -> None: ...
+    def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SyncPair:
+    """A trained module, and one that samples with its weights."""
+
+    source: str
+    target: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatasetInfo:
+    num_rows: int
+    digest: str
+
+
+@dataclass(slots=True, kw_only=True)
+class EpisodeData:
+    """One episode's plan and its shards as they come."""
+
+    plan: EpisodePlan
+    rollout: StreamDataset
+    scored: StreamDataset
+    """What trainers read: the same stream as `rollout` where nothing is scored."""
+
+
+class Runtime:
+    """Not a dataclass on purpose: Prefect walks through dataclass parameters, and this is large."""
+
+    def __init__(
+        self,
+        *,
+        config: EngineConfig,
+        run: str,
+        attempt: int,
+        store: ObjectStore,
+        state: RunState,
+        pools: Mapping[str, Pool],
+        environment: Graph | None,
+        rollout_nodes: frozenset[int],
+        scoring_nodes: frozenset[int],
+        trainer: Graph | None,
+        evaluator: Graph | None,
+        syncs: Sequence[SyncPair],
+        dataset: DatasetInfo | None,
+        eval_dataset: DatasetInfo | None,
+        progress: Progress | None = None,
+    ) -> None:
+        self.config = config
+        self.run = run
+        self.attempt = attempt
+        self.store = store
+        self.state = state
+        self.layout = RunLayout(run)
+        self.pools = pools
+        self.environment = environment
+        self.rollout_nodes = rollout_nodes
+        self.scoring_nodes = scoring_nodes
+        self.trainer = trainer
+        self.evaluator = evaluator
+        self.syncs = tuple(syncs)
+        self.dataset = dataset
+        self.eval_dataset = eval_dataset
+        self.progress: Progress = progress or NoProgress()
+        self.commits: dict[int, dict[str, Any]] = {}
+        """Payload of `trained.json`, by the policy version it made."""
+        self.gone: set[str] = set(state.deleted)
+        """Prefixes of folders that retention deleted."""
+        self._episodes: dict[int, EpisodeData] = {}
+        self._planning = asyncio.Lock()
+        for pool in pools.values():
+            pool.bring_to = self.bring_to
+
+    # ---- plans and streams ----------------------------------------------------------------
+
+    def sampling_version(self, episode: int) -> int:
+        """The policy version that samples episode `episode` (design, section 5)."""
+        runtime = self.config.runtime
+        newest = max(0, episode - runtime.max_staleness)
+        return newest - newest % runtime.sync_frequency
+
+    async def episode(self, number: int) -> EpisodeData:
+        """The plan of an episode (made and committed if there is none) and its streams."""
+        async with self._planning:
+            if number not in self._episodes:
+                plan = await asyncio.to_thread(self._committed_plan, number)
+                self._episodes[number] = self._streams(plan)
+            return self._episodes[number]
+
+    def forget(self, number: int) -> None:
+        """Lets go of an episode's references; the store keeps the shards."""
+        self._episodes.pop(number, None)
+
+    def _committed_plan(self, number: int) -> EpisodePlan:
+        dataset = self.dataset
+        assert dataset is not None
+        key = self.layout.plan(number)
+        if self.state.episode(number).plans:
+            plan = EpisodePlan.from_json(read_json(self.store, key))
+        else:
+            check_fence(self.store, self.run, self.attempt)
+            plan = EpisodePlan.from_json(
+                commit_json(self.store, key, self._make_plan(number, dataset).to_json()).payload
+            )
+        if plan.dataset_digest != dataset.digest:
+            raise DataError(
+                f"run {self.run!r} was planned on a dataset with digest"
+                f" {plan.dataset_digest[:12]} (episode {number}), the one given now has"
+                f" {dataset.digest[:12]}: resume with the same prompts, or start another run"
+            )
+        return plan
+
+    def _make_plan(self, number: int, dataset: DatasetInfo) -> EpisodePlan:
+        runtime = self.config.runtime
+        group = runtime.num_inference_per_prompt
+        version = self.sampling_version(number)
+        return make_plan(
+            run_seed=runtime.seed,
+            episode=number,
+            num_rows=dataset.num_rows,
+            dataset_digest=dataset.digest,
+            sample_per_episode=runtime.sample_per_episode,
+            group_size=group,
+            groups_per_shard=max(1, runtime.samples_per_shard // group),
+            shuffle=runtime.data_shuffle,
+            versions={pair.target: version for pair in self.syncs},
+        )
+
+    def _streams(self, plan: EpisodePlan) -> EpisodeData:
+        found = self.state.episode(plan.episode)
+        size = len(plan.shards)
+        rollout = StreamDataset.rebuild(
+            found.rollout, num_shards=size, name=f"rollout of episode {plan.episode}"
+        )
+        if not self.scoring_nodes:
+            return EpisodeData(plan=plan, rollout=rollout, scored=rollout)
+        scored = StreamDataset.rebuild(
+            found.scoring, num_shards=size, name=f"scoring of episode {plan.episode}"
+        )
+        return EpisodeData(plan=plan, rollout=rollout, scored=scored)
+
+    # ---- where the weights are ------------------------------------------------------------
+
+    async def commit_of(self, version: int) -> dict[str, Any]:
+        """The payload of the commit that made `version` (1 or more)."""
+        if version not in self.commits:
+            key = self.layout.trained(version - 1)
+            self.commits[version] = await asyncio.to_thread(read_json, self.store, key)
+        return self.commits[version]
+
+    async def checkpoint_of(self, module: str, version: int) -> CheckpointRecord:
+        commit = await self.commit_of(version)
+        try:
+            return CheckpointRecord.from_json(commit["checkpoints"][module])
+        except KeyError as e:
+            raise StoreDamageError(
+                f"the commit of version {version} of run {self.run!r} names no checkpoint of"
+                f" {module!r}: it was written by another configuration"
+            ) from e
+
+    def source_of(self, target: str) -> str:
+        """The trained module whose weights `target` follows."""
+        for pair in self.syncs:
+            if pair.target == target:
+                return pair.source
+        raise PoolError(
+            f"module {target!r} is asked for a policy version, but follows no trainer: say which"
+            f" with engine.set_parameter_sync(trainer, {target})"
+        )
+
+    async def weights_of(self, module: str, version: int) -> WeightsSource | None:
+        """The weights as Ray objects, if the trainer holds that version and is at rest."""
+        (replica,) = self.pools[module].replicas
+        state = replica.state
+        if not replica.alive or replica.working_on or not state.clean or state.version != version:
+            return None
+        source: WeightsSource = await self.pools[module].call(
+            "send_weights",
+            self.attempt,
+            version,
+            self.config.runtime.sync_bucket_bytes,
+            what=f"packing the weights of version {version}",
+            timeout_s=self.config.runtime.sync_timeout_s,
+        )
+        return source
+
+    async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:
+        """Brings one replica of a sampler to a policy version: from the trainer, else the store."""
+        module = self.source_of(pool.name)
+        if version == 0:
+            if replica.version != 0:
+                await pool.rebuild(replica)
+            return
+        timeout_s = self.config.runtime.sync_timeout_s
+        what = f"loading the weights of version {version}"
+        source = await self.weights_of(module, version)
+        if source is not None:
+            await pool.on_replica(
+                replica,
+                "receive_weights",
+                self.attempt,
+                source,
+                timeout_s,
+                what=what,
+                timeout_s=timeout_s,
+            )
+        else:
+            record = replace(await self.checkpoint_of(module, version), state=None)
+            await pool.on_replica(
+                replica, "restore", self.attempt, record, version, what=what, timeout_s=timeout_s
+            )
+        await pool.refresh(replica)
+
+    async def check_fence(self) -> None:
+        await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

@@ -1,0 +1,68 @@
+"""Scoring: the rest of the environment (rewards, references, values), as rollout shards come in."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from prefect import task
+
+from rlhf_flows.data.stream import ShardHandle
+from rlhf_flows.pools import NodeReport, Source
+from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard, together
+from rlhf_flows.tasks.retrying import PHASE
+from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+
+__all__ = ["scoring"]
+
+
+@task(name="scoring", task_run_name="scoring {episode}", **PHASE)
+async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
+    """Scores the shards of an episode that are not scored, each as soon as it is sampled."""
+    started = time.perf_counter()
+    data = await runtime.episode(episode)
+    assert runtime.environment is not None
+    phase = PhaseGraph.of("scoring", runtime.environment, runtime.scoring_nodes)
+    for node in phase.nodes:
+        runtime.pools[node.module].begin_phase()
+    missing = set(data.scored.missing)
+    runtime.progress.started("scoring", episode, len(data.plan.shards))
+    runtime.progress.advanced("scoring", episode, data.scored.num_arrived)
+
+    async def make(index: int, base: ShardHandle | None) -> NodeReport:
+        handle, report = await run_shard(runtime, phase, _job(runtime, data, index, base))
+        data.scored.append(handle)
+        runtime.progress.advanced("scoring", episode, data.scored.num_arrived)
+        return report
+
+    async with together() as group:
+        made = []
+        if runtime.rollout_nodes:
+            async for handle in data.rollout:
+                if handle.index in missing:
+                    made.append(group.create_task(make(handle.index, handle)))
+        else:
+            made += [group.create_task(make(index, None)) for index in sorted(missing)]
+    reports = [m.result() for m in made]
+    metrics = mean_metrics([r.metrics for r in reports])
+    seconds = time.perf_counter() - started
+    previews = sorted((r.shard, r.previews) for r in reports)
+    runtime.progress.samples(episode, [p for _, some in previews[:2] for p in some])
+    runtime.progress.finished("scoring", episode, seconds, metrics)
+    return {"episode": episode, "shards": len(made), "seconds": seconds, **metrics}
+
+
+def _job(runtime: Runtime, data: EpisodeData, index: int, base: ShardHandle | None) -> ShardJob:
+    episode = data.plan.episode
+    generation = runtime.state.episode(episode).next_generation("scoring", index)
+    source = None
+    if base is None:
+        source = Source(dataset="train", columns=data.plan.samples(index))
+    return ShardJob(
+        index=index,
+        episode=episode,
+        key=runtime.layout.shard("scoring", episode, index, generation),
+        versions=data.plan.versions,
+        source=source,
+        base=base,
+    )

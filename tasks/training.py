@@ -1,0 +1,326 @@
+"""Training: one pass over an episode's samples, then the one commit of all that evolved.
+
+Membership and order of the batches come from the plan alone, so a step starts as soon as the shards
+of its batch are scored, whatever came in before. A trainer that is not cleanly at the version of
+the last commit goes back to it first; between full checkpoints it gets there by training again from
+the stored shards, and must reproduce the digest of every commit on its way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from prefect import task
+
+from rlhf_flows.data.plan import GroupRef, training_batches
+from rlhf_flows.data.stream import ShardHandle
+from rlhf_flows.errors import PoolError, StoreDamageError
+from rlhf_flows.graph import Node
+from rlhf_flows.pools import CheckpointRecord, Pool, Source, StoredShard, TrainCall, TrainRows
+from rlhf_flows.pools.pool import Replica
+from rlhf_flows.store import commit_json
+from rlhf_flows.tasks.dispatch import together
+from rlhf_flows.tasks.retention import retain
+from rlhf_flows.tasks.retrying import PHASE
+from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+
+__all__ = ["training"]
+
+
+@task(name="training", task_run_name="training {episode}", **PHASE)
+async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
+    """Trains every trainable module on an episode and commits policy version `episode + 1`."""
+    started = time.perf_counter()
+    data = await runtime.episode(episode)
+    nodes = _trained_nodes(runtime)
+    await asyncio.gather(*(_ensure_version(runtime, node, episode) for node in nodes))
+    metrics = await _train_episode(runtime, data, nodes, report=True)
+    records = await _checkpoints(runtime, nodes, version=episode + 1)
+    await _commit(runtime, data, records, metrics, time.perf_counter() - started)
+    await asyncio.gather(*(_committed(runtime, node, episode + 1) for node in nodes))
+    await retain(runtime, newest=episode + 1)
+    seconds = time.perf_counter() - started
+    runtime.progress.finished("training", episode, seconds, metrics)
+    return {"episode": episode, "version": episode + 1, "seconds": seconds, **metrics}
+
+
+def _trained_nodes(runtime: Runtime) -> tuple[Node, ...]:
+    assert runtime.trainer is not None
+    return runtime.trainer.nodes
+
+
+async def _train_episode(
+    runtime: Runtime, data: EpisodeData, nodes: Sequence[Node], *, report: bool
+) -> dict[str, float]:
+    """All optimizer steps of one episode; the means of what the modules measured."""
+    settings = runtime.config.runtime
+    batches = [
+        batch
+        for epoch in range(settings.num_training_epoch)
+        for batch in training_batches(
+            data.plan,
+            samples_per_batch=settings.samples_per_batch,
+            epoch=epoch,
+            shuffle=settings.data_shuffle,
+        )
+    ]
+    rows = [_rows(batch, data.plan.group_size) for batch in batches]
+    given: dict[str, set[int]] = {node.module: set() for node in nodes}
+    measured: list[dict[str, float]] = []
+    if report:
+        runtime.progress.started("training", data.plan.episode, len(batches))
+    for index in range(len(batches)):
+        calls = [
+            _step(runtime, data, node, rows=rows, index=index, given=given[node.module])
+            for node in nodes
+        ]
+        measured.append(_merge_metrics(nodes, await asyncio.gather(*calls)))
+        if report:
+            runtime.progress.advanced("training", data.plan.episode, index + 1)
+    return _over_updates(measured)
+
+
+async def _step(
+    runtime: Runtime,
+    data: EpisodeData,
+    node: Node,
+    *,
+    rows: Sequence[tuple[TrainRows, ...]],
+    index: int,
+    given: set[int],
+) -> Mapping[str, float]:
+    """One optimizer step of one module, once the shards that it needs are there."""
+    episode = data.plan.episode
+    module = runtime.trainer.modules[node.module] if runtime.trainer else None
+    whole = bool(module and module.wants_episode(len(rows)))  # type: ignore[attr-defined]
+    needed = {part.shard for batch in (rows if whole else [rows[index]]) for part in batch}
+    new = sorted(needed - given)
+    timeout_s = runtime.config.runtime.train_timeout_s
+    tables: list[Any] = []
+    sources: list[tuple[int, Source]] = []
+    if runtime.environment is None:
+        sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in new]
+    else:
+        for handle in await data.scored.wait_for(new, timeout_s=timeout_s):
+            tables.append(_table(data, handle))
+    call = TrainCall(
+        attempt=runtime.attempt,
+        episode=episode,
+        version=episode,
+        index=index,
+        iteration=episode * len(rows) + index,
+        num_updates=len(rows),
+        method=node.method,
+        rows=rows[index],
+        episode_rows=tuple(rows) if whole and index == 0 else None,
+        shards=() if sources else tuple(new),
+        sources=tuple(sources),
+    )
+    pool, replica = _trainer(runtime, node)
+    replica.state = replace(replica.state, clean=False)
+    metrics: Mapping[str, float] = await pool.call(
+        "train",
+        call,
+        *tables,
+        what=f"step {index + 1} of {len(rows)} of training of episode {episode} ({node.label})",
+        timeout_s=timeout_s,
+    )
+    given.update(new)
+    return metrics
+
+
+def _table(data: EpisodeData, handle: ShardHandle) -> Any:
+    if handle.ref is not None:
+        return handle.ref
+    if data.scored is data.rollout:
+        return StoredShard(keys=(handle.key,))
+    if handle.index in data.rollout.missing:  # nothing was sampled: the environment only scores
+        return StoredShard(keys=(handle.key,))
+    return StoredShard(keys=(data.rollout[handle.index].key, handle.key))
+
+
+def _rows(batch: Sequence[GroupRef], group_size: int) -> tuple[TrainRows, ...]:
+    """Sibling rows of each group, in the order of the batch."""
+    return tuple(
+        TrainRows(
+            shard=ref.shard,
+            rows=tuple(range(ref.index * group_size, (ref.index + 1) * group_size)),
+        )
+        for ref in batch
+    )
+
+
+def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
+    pool = runtime.pools[node.module]
+    (replica,) = pool.replicas
+    return pool, replica
+
+
+# ---- back to the last commit ------------------------------------------------------------------
+
+
+async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
+    """Brings a trainer cleanly to `version`, the last committed one."""
+    pool, replica = _trainer(runtime, node)
+    pool.begin_phase()
+    if replica.alive and replica.state.clean and replica.version == version:
+        return
+    timeout_s = runtime.config.runtime.setup_timeout_s
+    base = await _last_full_checkpoint(runtime, node.module, version)
+    if base == 0:
+        await pool.rebuild(replica)
+    else:
+        record = await runtime.checkpoint_of(node.module, base)
+        await pool.call(
+            "restore",
+            runtime.attempt,
+            record,
+            base,
+            what=f"restoring version {base} of {node.module}",
+            timeout_s=timeout_s,
+        )
+        await pool.refresh(replica)
+    for episode in range(base, version):
+        await _train_again(runtime, node, episode)
+
+
+async def _last_full_checkpoint(runtime: Runtime, module: str, version: int) -> int:
+    for candidate in range(version, 0, -1):
+        if (await runtime.checkpoint_of(module, candidate)).state is not None:
+            return candidate
+    return 0
+
+
+async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
+    """Trains on a stored episode that was committed without full state, to the same weights."""
+    data = await runtime.episode(episode)
+    await _train_episode(runtime, data, [node], report=False)
+    pool, _ = _trainer(runtime, node)
+    digest = await pool.call(
+        "weights_digest",
+        runtime.attempt,
+        what=f"the digest of version {episode + 1} of {node.module}",
+        timeout_s=runtime.config.runtime.train_timeout_s,
+    )
+    committed = (await runtime.checkpoint_of(node.module, episode + 1)).digest
+    if digest != committed:
+        raise StoreDamageError(
+            f"training episode {episode} of run {runtime.run!r} again from its stored shards gave"
+            f" other weights ({digest[:12]}) than were committed ({committed[:12]}): resume on the"
+            " machine type and thread count of the commit, or set"
+            " runtime.save_episode_interval=1 for runs that move"
+        )
+    await _committed(runtime, node, episode + 1)
+    runtime.forget(episode)
+
+
+# ---- the commit -------------------------------------------------------------------------------
+
+
+async def _checkpoints(
+    runtime: Runtime, nodes: Sequence[Node], *, version: int
+) -> list[CheckpointRecord]:
+    settings = runtime.config.runtime
+    is_last = version == settings.num_episode
+    with_state = is_last or version % settings.save_episode_interval == 0
+
+    async def one(node: Node) -> CheckpointRecord:
+        pool, _ = _trainer(runtime, node)
+        record: CheckpointRecord = await pool.call(
+            "checkpoint",
+            runtime.attempt,
+            version,
+            with_state,
+            what=f"the checkpoint of version {version} of {node.module}",
+            timeout_s=settings.train_timeout_s,
+        )
+        return record
+
+    return list(await asyncio.gather(*(one(node) for node in nodes)))
+
+
+async def _commit(
+    runtime: Runtime,
+    data: EpisodeData,
+    records: Sequence[CheckpointRecord],
+    metrics: Mapping[str, float],
+    seconds: float,
+) -> None:
+    """The one commit. Losing the race is fine only to somebody who got the same weights."""
+    episode = data.plan.episode
+    await runtime.check_fence()
+    payload = {
+        "episode": episode,
+        "version": episode + 1,
+        "attempt": runtime.attempt,
+        "checkpoints": {r.module: r.to_json() for r in records},
+        "rows": {"planned": data.plan.num_samples, **_row_counts(metrics)},
+        "metrics": {k: v for k, v in metrics.items() if v == v and abs(v) != float("inf")},
+        "seconds": seconds,
+    }
+    commit = await asyncio.to_thread(
+        commit_json, runtime.store, runtime.layout.trained(episode), payload
+    )
+    runtime.commits[episode + 1] = commit.payload
+    if commit.mine:
+        return
+    for record in records:
+        theirs = await runtime.checkpoint_of(record.module, episode + 1)
+        if theirs.digest != record.digest:
+            raise PoolError(
+                f"episode {episode} of run {runtime.run!r} was committed by attempt"
+                f" {commit.payload.get('attempt')} with other weights of {record.module!r}:"
+                " start again to go on from that commit"
+            )
+
+
+def _row_counts(metrics: Mapping[str, float]) -> dict[str, int]:
+    return {
+        "trained": round(metrics.get("rows_trained", metrics.get("rows", 0))),
+        "filtered": round(metrics.get("rows_filtered", 0)),
+        "quarantined": 0,
+    }
+
+
+async def _committed(runtime: Runtime, node: Node, version: int) -> None:
+    pool, replica = _trainer(runtime, node)
+    await pool.call(
+        "committed",
+        runtime.attempt,
+        version,
+        what=f"telling {node.module} that version {version} is committed",
+        timeout_s=60.0,
+    )
+    replica.state = replace(replica.state, version=version, clean=True)
+
+
+# ---- metrics ----------------------------------------------------------------------------------
+
+_SUMMED = frozenset({"rows", "rows_trained", "rows_filtered", "tokens", "seconds"})
+
+
+def _merge_metrics(
+    nodes: Sequence[Node], measured: Sequence[Mapping[str, float]]
+) -> dict[str, float]:
+    """One module's metrics under their names; of several, under `module/name`."""
+    if len(nodes) == 1:
+        return dict(measured[0])
+    return {
+        f"{node.module}/{name}": value
+        for node, metrics in zip(nodes, measured, strict=True)
+        for name, value in metrics.items()
+    }
+
+
+def _over_updates(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    names = dict.fromkeys(name for metrics in measured for name in metrics)
+    merged = {}
+    for name in names:
+        values = [m[name] for m in measured if name in m]
+        total = sum(values)
+        merged[name] = total if name.rpartition("/")[2] in _SUMMED else total / len(values)
+    return merged
