@@ -320,3 +320,18 @@ def test_a_batch_without_seeds_is_refused(policy: Any) -> None:
 def test_no_prompts_give_no_completions(policy: Any) -> None:
     out = policy.forward_step({"prompt_ids": [], "seed": torch.zeros(0, dtype=torch.int64)})
     assert out["response_ids"] == out["completion"] == []
+
+
+@pytest.mark.parametrize("started", [s for s in SAMPLERS if s == "vllm"], indirect=True)
+def test_a_load_that_fails_half_way_ends_the_use_of_an_engine(
+    policy: RemotePolicy, model: Any
+) -> None:
+    """The last test of this policy: there is no way back."""
+    # A tensor without data has the right shape, and fails where it is copied.
+    broken = [(name, w.to("meta") if i == 3 else w) for i, (name, w) in enumerate(weights(model))]
+    with pytest.raises(SyncError, match="failed while it took new weights"):
+        policy.load_weights(broken)
+    with pytest.raises(SyncError, match="replace this replica"):
+        sample(policy, SAMPLED)
+    with pytest.raises(SyncError, match="replace this replica"):
+        policy.load_weights(weights(model))
