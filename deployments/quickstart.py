@@ -1,0 +1,178 @@
+"""The quickstart: a small model learns to sort digits, in minutes, on two CPU cores.
+
+Two runs of the same system. The warm-up is supervised fine-tuning on demonstrations that are wrong
+more often than right, so that the model knows what an answer looks like but not which answer is
+wanted; GRPO then finds out from the reward. Nothing is downloaded: the model is built here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from prefect import flow
+from prefect.context import FlowRunContext
+from pydantic import Field
+
+from rlhf_flows.config import EngineConfig
+from rlhf_flows.deployments import grpo as grpo_recipe
+from rlhf_flows.deployments import sft as sft_recipe
+from rlhf_flows.deployments import sort_digits
+from rlhf_flows.deployments.grpo import GRPOConfig, GRPORuntime
+from rlhf_flows.deployments.recipe import Recipe, RecipeResult
+from rlhf_flows.deployments.sft import SFTConfig, SFTRuntime
+from rlhf_flows.exports import exported_model
+from rlhf_flows.generation import GenerationSettings
+from rlhf_flows.local_services import cache_folder
+from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
+from rlhf_flows.models.tiny import build_tiny_qwen2
+from rlhf_flows.preparation import new_run_name
+from rlhf_flows.settings import GRPOSettings, OptimizerSettings
+from rlhf_flows.tasks.runtime import Progress
+
+__all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
+
+REWARD = "rlhf_flows.deployments.sort_digits:reward"
+
+
+class QuickstartRuntime(GRPORuntime):
+    """The loop of GRPO, in a size that two cores run in a minute."""
+
+    num_episode: int = Field(30, ge=1, description="Episodes of GRPO.")
+    sample_per_episode: int = Field(512, ge=1, description="Completions of one episode.")
+    train_global_batch_size: int | None = Field(
+        256, ge=1, description="Samples of one optimizer step."
+    )
+    eval_episode_interval: int = Field(10, ge=0, description="Evaluate every N episodes.")
+
+
+class QuickstartConfig(EngineConfig):
+    """What `rlhf-flows train quickstart` can be asked for."""
+
+    runtime: QuickstartRuntime = Field(default_factory=QuickstartRuntime)
+    warmup_steps: int = Field(200, ge=1, description="Optimizer steps of the warm-up.")
+    warmup_batch_size: int = Field(128, ge=1, description="Demonstrations of one of them.")
+    warmup_learning_rate: float = Field(3e-3, gt=0, description="Its peak; cosine to zero.")
+    learning_rate: float = Field(3e-4, gt=0, description="Of GRPO.")
+    num_eval_prompts: int = Field(512, ge=1, le=2048, description="Held-out prompts.")
+    sampler: Sampler = Field("auto", description="vLLM where it is installed.")
+
+
+def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
+    steps, batch = config.warmup_steps, config.warmup_batch_size
+    return SFTConfig(
+        run_name=run,
+        store=config.store,
+        cluster=config.cluster,
+        runtime=SFTRuntime(
+            num_episode=1,
+            sample_per_episode=steps * batch,
+            train_global_batch_size=batch,
+            generation_batch_size=steps * batch,
+            seed=config.runtime.seed,
+        ),
+        model=str(model),
+        dataset="demonstrations of sort_digits",
+        optimizer=OptimizerSettings(
+            learning_rate=config.warmup_learning_rate,
+            schedule="cosine",
+            warmup_steps=min(20, max(0, steps - 1)),
+            total_steps=steps,
+            weight_decay=0.01,
+        ),
+    )
+
+
+def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfig:
+    return GRPOConfig(
+        run_name=run,
+        store=config.store,
+        cluster=config.cluster,
+        models=config.models,
+        runtime=GRPORuntime.model_validate(config.runtime.model_dump()),
+        model=str(model),
+        prompts="prompts of sort_digits",
+        reward=REWARD,
+        generation=GenerationSettings(max_new_tokens=sort_digits.MAX_NEW_TOKENS),
+        grpo=GRPOSettings(),
+        optimizer=OptimizerSettings(learning_rate=config.learning_rate),
+        sampler=config.sampler,
+        max_model_len=64,
+    )
+
+
+def _check(config: QuickstartConfig) -> None:
+    _reinforcement(config, Path("unused"), "check")
+
+
+async def run(
+    config: QuickstartConfig, /, *, progress: Progress | None = None, takeover: bool = False
+) -> RecipeResult:
+    """Warm-up, then GRPO; in one flow run."""
+    return await _as_flow(config, progress=progress, takeover=takeover)
+
+
+async def _as_flow(
+    config: QuickstartConfig, *, progress: Progress | None, takeover: bool
+) -> RecipeResult:
+    name = config.run_name or new_run_name("quickstart")
+
+    @flow(name="quickstart", flow_run_name=name, persist_result=False)
+    async def train() -> RecipeResult:
+        """A small model learns to sort digits."""
+        return await _train(config, name, progress=progress, takeover=takeover)
+
+    result: RecipeResult = await train()
+    return result
+
+
+async def _train(
+    config: QuickstartConfig, run_name: str, *, progress: Progress | None, takeover: bool
+) -> RecipeResult:
+    seed = config.runtime.seed
+    base = build_tiny_qwen2(
+        cache_folder() / f"quickstart-model-{seed}", seed=seed, characters=sort_digits.CHARACTERS,
+        max_position_embeddings=64,
+    )  # fmt: skip
+    steps = config.warmup_steps * config.warmup_batch_size
+    warmup = sft_recipe.build(
+        _warmup(config, base, f"{run_name}-warmup"),
+        dataset=sort_digits.demonstrations(steps, seed=seed),
+    )
+    warm = await warmup.alearn(progress=progress, takeover=takeover)
+    model = exported_model(config.store.url, warm.run, version=warm.version, module="trainer")
+    reinforced = await grpo_recipe.build(
+        _reinforcement(config, model, run_name),
+        prompts=sort_digits.training_prompts(8192, seed=seed),
+        eval_prompts=sort_digits.held_out_prompts(config.num_eval_prompts),
+    ).alearn(progress=progress, takeover=takeover)
+    return RecipeResult(
+        recipe="quickstart",
+        run=reinforced,
+        sampler=describe_sampler(policy_class(config.sampler)),
+        objective="exact",
+        seconds=_summed({"warm-up": sum(warm.seconds.values())}, reinforced.seconds),
+        next_steps=(
+            f"rlhf-flows show {reinforced.run}",
+            f"rlhf-flows train quickstart run_name={reinforced.run} runtime.num_episode="
+            f"{config.runtime.num_episode + 10}",
+            f"rlhf-flows export {reinforced.run} --to my-model",
+        ),
+    )
+
+
+def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
+    return {name: seconds for part in parts for name, seconds in part.items()}
+
+
+@flow(name="quickstart", persist_result=False)
+async def quickstart(config: QuickstartConfig | None = None) -> None:
+    """A small model learns to sort digits: warm-up, then GRPO."""
+    context = FlowRunContext.get()
+    assert context is not None and context.flow_run is not None
+    config = config or QuickstartConfig()
+    name = config.run_name or f"quickstart-{context.flow_run.id}"
+    await _train(config, name, progress=None, takeover=False)
+
+
+RECIPE = Recipe(name="quickstart", config=QuickstartConfig, check=_check, run=run)

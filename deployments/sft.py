@@ -1,0 +1,96 @@
+"""Supervised fine-tuning: an engine with a dataset and a trainer, no environment."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from prefect import flow
+from pydantic import Field, model_validator
+
+from rlhf_flows.config import EngineConfig, RuntimeConfig
+from rlhf_flows.deployments.recipe import Recipe, RecipeResult
+from rlhf_flows.engine import SFTEngine
+from rlhf_flows.models.sft_trainer import SFTTrainer
+from rlhf_flows.settings import OptimizerSettings, SFTSettings
+from rlhf_flows.tasks.runtime import Progress
+
+__all__ = ["RECIPE", "SFTConfig", "build", "sft"]
+
+
+class SFTRuntime(RuntimeConfig):
+    """The loop of `RuntimeConfig`; an episode is a number of demonstrations."""
+
+    sample_per_episode: int = Field(1024, ge=1, description="Demonstrations of one episode.")
+    train_global_batch_size: int | None = Field(
+        64, ge=1, description="Demonstrations of one optimizer step."
+    )
+
+
+class SFTConfig(EngineConfig):
+    """What `rlhf-flows train sft` can be asked for."""
+
+    model: str = Field(description="A local Hugging Face folder: model and tokenizer.")
+    dataset: str = Field(
+        description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages)"
+        " and `completion` or `answer`."
+    )
+    runtime: SFTRuntime = Field(default_factory=SFTRuntime)
+    sft: SFTSettings = Field(default_factory=SFTSettings)
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights.")
+    micro_batch_tokens: int = Field(4096, ge=1, description="Tokens of one pass.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: less memory, a third more time."
+    )
+    chat_template: bool | None = Field(
+        None, description="Render prompts by the chat template; by default chat messages only."
+    )
+
+    @model_validator(mode="after")
+    def _check_horizon(self) -> Self:
+        optimizer = self.optimizer
+        if optimizer.schedule != "constant" and optimizer.total_steps is None:
+            raise ValueError("optimizer.total_steps is missing")
+        return self
+
+
+def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:
+    """The engine that the configuration describes."""
+    trainer = SFTTrainer(
+        "trainer",
+        path=config.model,
+        optimizer=config.optimizer,
+        sft=config.sft,
+        micro_batch_tokens=config.micro_batch_tokens,
+        dtype=config.dtype,
+        gradient_checkpointing=config.gradient_checkpointing,
+        chat_template=config.chat_template,
+    )
+    engine = SFTEngine(trainer, name="sft").configure(config)
+    return engine.set_dataset(config.dataset if dataset is None else dataset)
+
+
+async def run(
+    config: SFTConfig, /, *, progress: Progress | None = None, takeover: bool = False
+) -> RecipeResult:
+    result = await build(config).alearn(progress=progress, takeover=takeover)
+    return RecipeResult(
+        recipe="sft",
+        run=result,
+        objective="loss",
+        seconds=result.seconds,
+        next_steps=(
+            f"rlhf-flows show {result.run}",
+            f"rlhf-flows export {result.run} --to model",
+            "rlhf-flows train grpo model=model prompts=FILE reward=package.module:function",
+        ),
+    )
+
+
+@flow(name="sft", persist_result=False)
+async def sft(config: SFTConfig) -> None:
+    """Supervised fine-tuning on demonstrations."""
+    await run(config)
+
+
+RECIPE = Recipe(name="sft", config=SFTConfig, check=lambda c: build(c).check(), run=run)

@@ -1,0 +1,76 @@
+"""The model of a run as a Hugging Face folder: where it lies, or a verified copy of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.local_services import cache_folder
+from rlhf_flows.store import (
+    FolderRecord,
+    ObjectStore,
+    RunLayout,
+    check_run_name,
+    fetch_folder,
+    open_store,
+    read_json,
+    scan,
+)
+
+__all__ = ["export_model", "exported_model"]
+
+
+def exported_model(url: str, run: str, *, version: int | None = None, module: str = "") -> Path:
+    """A local folder with the weights of a policy version: in the store itself where it is local.
+
+    Args:
+        version: The newest by default.
+        module: Which trained module; needed where the run trains several.
+
+    Raises:
+        ConfigError: no such run, version or module, or its weights were deleted by retention.
+    """
+    store = open_store(url)
+    record = _weights(store, run, version, module)
+    if store.url.startswith("file://"):
+        return Path(store.url.removeprefix("file://")) / record.prefix
+    local = cache_folder() / "weights" / record.prefix
+    fetch_folder(store, record, local)
+    return local
+
+
+def export_model(
+    url: str, run: str, folder: Path, *, version: int | None = None, module: str = ""
+) -> Path:
+    """Copies the weights of a policy version to `folder`, verified file by file."""
+    if folder.exists() and any(folder.iterdir()):
+        raise ConfigError(f"the folder {folder} is not empty: name another one for the model")
+    store = open_store(url)
+    fetch_folder(store, _weights(store, run, version, module), folder)
+    return folder
+
+
+def _weights(store: ObjectStore, run: str, version: int | None, module: str) -> FolderRecord:
+    state = scan(store, check_run_name(run))
+    if not state.exists:
+        raise ConfigError(f"there is no run {run!r} in {store.url}: `rlhf-flows ls` lists them")
+    newest = state.trained_episodes
+    version = newest if version is None else version
+    if not 1 <= version <= newest:
+        raise ConfigError(
+            f"run {run!r} has no trained version {version}: "
+            + (f"it has versions 1 to {newest}" if newest else "nothing is trained yet")
+        )
+    checkpoints = read_json(store, RunLayout(run).trained(version - 1))["checkpoints"]
+    if not module and len(checkpoints) > 1:
+        raise ConfigError(f"run {run!r} trains {', '.join(checkpoints)}: say which with --module")
+    name = module or next(iter(checkpoints))
+    if name not in checkpoints:
+        raise ConfigError(f"run {run!r} trains no {name!r}, it trains {', '.join(checkpoints)}")
+    record = FolderRecord.from_json(checkpoints[name]["weights"])
+    if record.prefix in state.deleted:
+        raise ConfigError(
+            f"the weights of version {version} of run {run!r} were deleted by retention"
+            " (runtime.keep_last): take a newer version"
+        )
+    return record

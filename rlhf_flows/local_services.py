@@ -1,0 +1,48 @@
+"""What this process sets up on the machine it runs on: defaults of Prefect, a cache folder.
+
+Called by the command line before Prefect is imported; a variable that is set already is left alone.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["cache_folder", "prepare_environment"]
+
+_QUIET = {
+    # What goes wrong is said once, by the command line.
+    "PREFECT_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
+}
+_EMBEDDED = {
+    # A server that ends with this process has nobody to report to.
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "DO_NOT_TRACK": "1",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+}
+
+
+def prepare_environment(*, verbose: bool = False) -> None:
+    """Sets the defaults of a run started by hand."""
+    if not verbose:
+        _set(_QUIET)
+    if "PREFECT_API_URL" not in os.environ:
+        _set(_EMBEDDED)
+    _set({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"})
+
+
+def _set(defaults: dict[str, str]) -> None:
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def cache_folder() -> Path:
+    """Where what can be made again is kept: `$RLHF_FLOWS_CACHE`, or the user's cache folder."""
+    asked = os.environ.get("RLHF_FLOWS_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME")
+    default = (Path(base) if base else Path.home() / ".cache") / "rlhf_flows"
+    folder = Path(asked) if asked else default
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
