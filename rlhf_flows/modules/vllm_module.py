@@ -120,6 +120,8 @@ class VLLMModule(BaseModule):
             # One line about the missing Triton, which nothing on CPU uses.
             logging.getLogger("torch._library.triton").setLevel(logging.ERROR)
             vllm: Any = importlib.import_module("vllm")
+            if self._on_cpu:
+                _register_here(vllm, self._folder.config.get("architectures") or [])
             try:
                 self._llm = vllm.LLM(**(arguments | engine_args))
             except ValueError as e:
@@ -233,6 +235,7 @@ class VLLMModule(BaseModule):
             ignore_eos=True,
             logprobs=0,
             detokenize=bool(settings.stop),
+            skip_clone=True,  # one object for each request, and a copy takes as long as a token
         )
 
     def _completion(self, output: Any) -> Completion:
@@ -300,6 +303,18 @@ class VLLMModule(BaseModule):
             [at[i].logprob for at, i in zip(o.prompt_logprobs[1:], ids[1:], strict=True)]
             for o, ids in zip(outputs, sequences, strict=True)
         ]
+
+
+def _register_here(vllm: Any, architectures: Sequence[str]) -> None:
+    """Imports the model's class in this process, on CPU.
+
+    The first time it meets a class, vLLM looks at it in a process of its own, for the sake of CUDA;
+    that takes 9 s, and each replica of a fresh machine would do it.
+    """
+    for name in architectures:
+        known = vllm.ModelRegistry.models.get(name)
+        if known is not None:
+            vllm.ModelRegistry.register_model(name, known.load_model_cls())
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
