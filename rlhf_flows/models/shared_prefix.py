@@ -29,6 +29,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rlhf_flows.models.cpu_attention import fits, product_attention
+
 __all__ = ["ATTENTION", "SharedPrefixLayout", "build_layout"]
 
 ATTENTION = "rlhf_flows_shared_prefix"
@@ -239,13 +241,17 @@ def shared_prefix_attention(
         return output, None
     at, pads = layout.num_prompt_tokens, (layout.prompt_pad, layout.prompt_unpad)
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, d]
+    if query.device.type == "cpu" and scaling is not None and fits(layout, query.shape[1]):
+        return product_attention(*rows, layout=layout, scale=scaling)[None], None
     gqa = query.shape[1] != key.shape[1]
-    q, k, v = (_padded(x[:at], layout.num_prompts, *pads) for x in rows)
+    # One split costs less in the backward pass than two slices.
+    split = [x.split([at, x.shape[0] - at]) for x in rows]
+    q, k, v = (_padded(x, layout.num_prompts, *pads) for x, _ in split)
     out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=gqa)
     parts = [_flat(out, *pads)]
     if rows[0].shape[0] > at:
         pads = (layout.response_pad, layout.response_unpad)
-        q, own_k, own_v = (_padded(x[at:], layout.num_responses, *pads) for x in rows)
+        q, own_k, own_v = (_padded(x, layout.num_responses, *pads) for _, x in split)
         k = torch.cat([_for_siblings(k, layout), own_k], dim=2)
         v = torch.cat([_for_siblings(v, layout), own_v], dim=2)
         out = F.scaled_dot_product_attention(

@@ -19,6 +19,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlhf_flows.models import cpu_attention
 from rlhf_flows.models.causal_lm import SUPPORTED_ARCHITECTURES
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, window_of
 from rlhf_flows.models.shared_prefix import ATTENTION
@@ -103,10 +104,13 @@ def test_every_supported_architecture_is_tested_here() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
 @pytest.mark.parametrize("samples", [ragged_samples, even_samples])
-@pytest.mark.parametrize("layout", ["shared_prefix", "padded"])
+@pytest.mark.parametrize("way", ["products", "fused", "padded"])
 def test_logprobs_and_gradients_are_those_of_one_sequence_at_a_time(
-    architecture: str, samples, layout: Layout
+    monkeypatch: pytest.MonkeyPatch, architecture: str, samples, way: str
 ) -> None:
+    layout: Layout = "padded" if way == "padded" else "shared_prefix"
+    if way == "fused":
+        monkeypatch.setattr(cpu_attention, "MAX_SCORES", 0)
     model = make(architecture)
     prompts, responses, groups = samples()
     expected = one_by_one(model, prompts, responses, 0.7)
@@ -122,6 +126,32 @@ def test_logprobs_and_gradients_are_those_of_one_sequence_at_a_time(
         torch.testing.assert_close(
             got_gradients[name], gradient, atol=2e-5 * max(scale, 1.0), rtol=1e-4, msg=name
         )
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (4, 1)])
+def test_products_and_fused_attention_agree_for_any_heads(
+    monkeypatch: pytest.MonkeyPatch, heads: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    shape = {**SHAPE, "num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    model = LlamaForCausalLM(LlamaConfig(**shape))
+    model.set_attn_implementation(ATTENTION)
+    for samples in (ragged_samples(), even_samples()):
+        found = []
+        for most in (0, 2**24):
+            monkeypatch.setattr(cpu_attention, "MAX_SCORES", most)
+            found.append(gradients(model, response_logprobs(model, *samples).logprobs))
+        for name, gradient in found[0].items():
+            torch.testing.assert_close(found[1][name], gradient, atol=1e-4, rtol=1e-4, msg=name)
+
+
+def test_responses_of_one_token_need_no_attention_of_their_own() -> None:
+    model = make("LlamaForCausalLM")
+    prompts = [torch.tensor([1, 2, 3])] * 2
+    responses = [torch.tensor([4]), torch.tensor([5])]
+    expected = one_by_one(model, prompts, responses, 1.0)
+    got = response_logprobs(model, prompts, responses, [0, 0]).logprobs
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_a_prompt_is_computed_once_for_its_siblings() -> None:
