@@ -12,9 +12,11 @@ import contextlib
 import logging
 import os
 import secrets
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import psutil
@@ -80,7 +82,7 @@ async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:
     started = time.monotonic()
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            await asyncio.to_thread(_init, config, min_cpus)
+            await _in_lasting_thread(partial(_init, config, min_cpus))
     except TimeoutError as e:
         raise PoolError(
             f"no connection to Ray ({config.address or 'local'}) within {_CONNECT_TIMEOUT_S:g} s:"
@@ -94,6 +96,38 @@ async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:
             " holds its token"
         ) from e
     return _connected(is_local=config.address is None)
+
+
+async def _in_lasting_thread(work: Callable[[], None]) -> None:
+    """Runs `work` in a thread that stays for as long as this process does.
+
+    The processes of a local head die with the thread that started them: Linux delivers a parent's
+    death at the end of the thread that forked. A thread of an event loop's pool ends with the loop.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[None] = loop.create_future()
+
+    def finish(error: Exception | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(None)
+        else:
+            done.set_exception(error)
+
+    def run() -> None:
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as e:
+            error = e
+        with contextlib.suppress(RuntimeError):  # the loop that asked is closed: it gave up
+            loop.call_soon_threadsafe(finish, error)
+        if error is None:
+            threading.Event().wait()
+
+    threading.Thread(target=run, daemon=True, name="ray-head").start()
+    await done
 
 
 def _authenticate(*, is_local: bool) -> None:
