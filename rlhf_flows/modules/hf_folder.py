@@ -86,12 +86,17 @@ class HFFolder:
         lists = [ids if isinstance(ids, list) else [ids] for ids in named if ids is not None]
         return frozenset(int(i) for ids in lists for i in ids)
 
+    @property
+    def head_width(self) -> int:
+        c = self._text_config
+        return int(c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
+
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Bytes of keys and values that one token keeps in all layers."""
         c = self._text_config
-        heads = c.get("num_key_value_heads") or c["num_attention_heads"]
-        head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-        return int(2 * c["num_hidden_layers"] * heads * head_dim * DTYPE_BYTES.get(dtype, 4))
+        heads = int(c.get("num_key_value_heads") or c["num_attention_heads"])
+        layers = int(c["num_hidden_layers"])
+        return 2 * layers * heads * self.head_width * DTYPE_BYTES.get(dtype, 4)
 
     @cached_property
     def _weight_files(self) -> tuple[Path, ...]:

@@ -34,6 +34,8 @@ __all__ = ["VLLMModule"]
 CPU_BLOCK_SIZE = 32
 """Tokens per block of the cache: vLLM's kernels for CPU want a multiple of 32, its default is 128,
 and only whole blocks are shared between siblings."""
+CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""What vLLM's attention for CPU takes (0.32); another width fails only at the first request."""
 CPU_CACHE_BYTES_MIN, CPU_CACHE_BYTES_MAX = 16 << 20, 4 << 30
 
 
@@ -88,6 +90,12 @@ class VLLMModule(BaseModule):
                 " `rlhf-flows[cpu]` or `rlhf-flows[gpu]`, or use TorchPolicy"
             )
         self._folder = HFFolder(path)
+        if self._on_cpu and self._folder.head_width not in CPU_HEAD_WIDTHS:
+            raise ConfigError(
+                f"the heads of the model in {str(path)!r} are {self._folder.head_width} wide, and"
+                f" vLLM on CPU takes {', '.join(map(str, CPU_HEAD_WIDTHS))}: use TorchPolicy"
+                f" (sampler=transformers) for module {self.name!r}"
+            )
         self._end_token_ids = self._folder.end_token_ids | frozenset(end_token_ids)
         self._max_model_len = max_model_len or self._folder.max_positions
         dtype = self._folder.dtype if dtype == "auto" else dtype

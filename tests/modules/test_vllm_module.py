@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,3 +43,13 @@ def test_without_vllm_the_error_names_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.setattr(VLLMModule, "available", staticmethod(lambda: False))
     with pytest.raises(ConfigError, match=r"rlhf-flows\[cpu\].*TorchPolicy"):
         VLLMModule("mine").setup_engine(".")
+
+
+def test_heads_that_vllm_cannot_compute_on_cpu_are_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(VLLMModule, "available", staticmethod(lambda: True))
+    config = {"hidden_size": 64, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"16 wide.*takes 32, 64.*TorchPolicy"):
+        VLLMModule("mine").setup_engine(tmp_path)
