@@ -86,7 +86,6 @@ class Engine:
         self.evaluator = evaluator
         self.config = EngineConfig()
         self._syncs: list[SyncPair] = []
-        self._stopped: Callable[[], None] | None = None
 
     def set_environment(self, environment: Environment) -> Self:
         self.environment = environment
@@ -173,22 +172,32 @@ class Engine:
 
         if settings:
             self.configure(settings)
+        return await run_as_flow(self._describe(takeover=takeover, progress=progress))
+
+    def check(self) -> Self:
+        """Checks all that can be checked before anything starts. Raises UserError."""
+        from rlhf_flows.preparation import check
+
+        check(self._describe())
+        return self
+
+    def _describe(
+        self, *, takeover: bool = False, progress: Progress | None = None
+    ) -> Description:
         if self.trainer is None and self.evaluator is None:
             raise ConfigError(
                 "the engine has neither trainer nor evaluator, so there is nothing to learn: give"
                 " it one with set_trainer or set_evaluator"
             )
-        return await run_as_flow(
-            Description(
-                name=self.name,
-                config=self.config,
-                environment=self.environment,
-                trainer=self.trainer,
-                evaluator=self.evaluator,
-                syncs=tuple(self._syncs),
-                takeover=takeover,
-                progress=progress,
-            )
+        return Description(
+            name=self.name,
+            config=self.config,
+            environment=self.environment,
+            trainer=self.trainer,
+            evaluator=self.evaluator,
+            syncs=tuple(self._syncs),
+            takeover=takeover,
+            progress=progress,
         )
 
 

@@ -21,8 +21,9 @@ from typing import Any
 
 from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
 from rlhf_flows.tasks.dispatch import together
+from rlhf_flows.tasks.evaluation import evaluation_digest
 
-__all__ = ["RunResult", "run_episodes"]
+__all__ = ["RunResult", "is_finished", "run_episodes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +37,7 @@ class RunResult:
     """The newest policy version."""
     resumed_at: int
     """The first episode that this attempt trained; 0 for a new run."""
+    flow_run_id: str = ""
     episodes: dict[int, dict[str, Any]] = field(default_factory=dict)
     """What training measured, by episode."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
@@ -50,6 +52,12 @@ async def run_episodes(runtime: Runtime) -> RunResult:
     async with together() as group:
         await phases.schedule(group)
     return await phases.result()
+
+
+def is_finished(runtime: Runtime) -> bool:
+    """Whether nothing is missing of the run, so that no pool is needed."""
+    phases = _Phases(runtime)
+    return phases.first == phases.last and not phases.missing_evaluations(phases.last + 1)
 
 
 class _Phases:
@@ -68,8 +76,14 @@ class _Phases:
         """Creates the tasks episode by episode; they wait for each other by their edges."""
         self._group = group
         runtime = self.runtime
-        self._evaluate_stored_versions()
         start = runtime.sampling_version(self.first) if self.first < self.last else self.last
+        self._read_evaluations()
+        if is_finished(runtime):
+            return
+        for version in self.missing_evaluations(start):
+            # Its weights are still there: the attempt that trained it died before it was evaluated.
+            self._start("sync", version, self._sync(version))
+            self._start_evaluation(version)
         if runtime.syncs:
             self._start("sync", start, self._sync(start))
         self._start_evaluation(start)
@@ -163,14 +177,30 @@ class _Phases:
         return version == self.last or bool(interval and version % interval == 0)
 
     def _start_evaluation(self, version: int) -> None:
-        if self._is_evaluated(version):
+        if self._is_evaluated(version) and ("evaluation", version) not in self._done:
             self._start("evaluation", version, self._evaluation(version))
 
-    def _evaluate_stored_versions(self) -> None:
-        """Evaluations that are done are read; one that was missed cannot be without its weights."""
-        for (version, _), state in self.runtime.state.evaluations.items():
-            if state.done and version < self.runtime.sampling_version(self.first):
-                self._start("evaluation", version, self._evaluation(version))
+    def _evaluated_versions(self) -> set[int]:
+        if self.runtime.evaluator is None:
+            return set()
+        digest = evaluation_digest(self.runtime)
+        found = self.runtime.state.evaluations.items()
+        return {version for (version, of), state in found if of == digest and state.done}
+
+    def _read_evaluations(self) -> None:
+        """Evaluations that are done are read, for the result."""
+        for version in sorted(self._evaluated_versions()):
+            self._start("evaluation", version, self._evaluation(version))
+
+    def missing_evaluations(self, below: int) -> list[int]:
+        """Versions below `below` that should be evaluated, are not, and have their weights."""
+        done = self._evaluated_versions()
+        kept = {0} | self.runtime.versions_with_weights()
+        return [
+            v
+            for v in range(min(below, self.first + 1))
+            if self._is_evaluated(v) and v not in done and v in kept
+        ]
 
     async def result(self) -> RunResult:
         runtime = self.runtime

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder", "prepare_environment"]
+__all__ = ["cache_folder", "flow_run_url", "prepare_environment"]
 
 _QUIET = {
     # What goes wrong is said once, by the command line.
@@ -36,6 +36,15 @@ def prepare_environment(*, verbose: bool = False) -> None:
 def _set(defaults: dict[str, str]) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def flow_run_url(flow_run_id: str) -> str:
+    """The page of a flow run; of an embedded server, once `prefect server start` serves it."""
+    from prefect.settings import get_current_settings
+
+    settings = get_current_settings()
+    base = settings.ui_url if settings.api.url else "http://127.0.0.1:4200"
+    return f"{str(base).rstrip('/')}/runs/flow-run/{flow_run_id}" if flow_run_id else ""
 
 
 def cache_folder() -> Path:

@@ -28,7 +28,7 @@ from prefect.context import FlowRunContext
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError, FencedError, UserError
-from rlhf_flows.flow import RunResult, run_episodes
+from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.graph import BATCH, Graph, phases, trace
 from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.store import (
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from rlhf_flows.engine import Description
     from rlhf_flows.pools import Cluster, Pool
 
-__all__ = ["Checked", "check", "run_as_flow"]
+__all__ = ["Checked", "check", "new_run_name", "run_as_flow"]
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +216,7 @@ async def run_as_flow(description: Description) -> RunResult:
     if context is not None and context.flow_run is not None:
         return await _run(checked, flow_run_id=str(context.flow_run.id))
 
-    run = description.config.run_name or _new_run_name(description.name)
+    run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
     # The cluster starts while Prefect does.
@@ -237,7 +237,8 @@ async def run_as_flow(description: Description) -> RunResult:
     return result
 
 
-def _new_run_name(recipe: str) -> str:
+def new_run_name(recipe: str) -> str:
+    """A name that sorts by time, for a run that was given none."""
     return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
 
 
@@ -273,31 +274,40 @@ async def _run(checked: Checked, *, flow_run_id: str) -> RunResult:
         changed=record.changed,
         takeover=checked.description.takeover,
     )
+    if checked.description.progress is not None:
+        checked.description.progress.begin(run, config.runtime.num_episode)
+
+    async def runtime(pools: Mapping[str, Pool]) -> Runtime:
+        return Runtime(
+            config=config,
+            run=run,
+            attempt=attempt.number,
+            store=store,
+            state=await asyncio.to_thread(scan, store, run),
+            pools=pools,
+            environment=checked.environment,
+            rollout_nodes=checked.rollout,
+            scoring_nodes=checked.scoring,
+            trainer=checked.trainer,
+            evaluator=checked.evaluator,
+            syncs=checked.syncs,
+            dataset=None if checked.dataset is None else checked.dataset.info,
+            eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
+            progress=checked.description.progress,
+        )
+
     outcome = "failed"
     try:
-        async with _pools(checked, store, run, attempt.number, cluster) as pools:
-            # After the pools are claimed: what an older attempt had in flight is there now.
-            state = await asyncio.to_thread(scan, store, run)
-            runtime = Runtime(
-                config=config,
-                run=run,
-                attempt=attempt.number,
-                store=store,
-                state=state,
-                pools=pools,
-                environment=checked.environment,
-                rollout_nodes=checked.rollout,
-                scoring_nodes=checked.scoring,
-                trainer=checked.trainer,
-                evaluator=checked.evaluator,
-                syncs=checked.syncs,
-                dataset=None if checked.dataset is None else checked.dataset.info,
-                eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
-                progress=checked.description.progress,
-            )
-            result = await run_episodes(runtime)
+        found = await runtime({})
+        if is_finished(found):
+            result = await run_episodes(found)
+        else:
+            async with _pools(checked, store, run, attempt.number, cluster) as pools:
+                # Looked at again, after the pools are claimed: what an older attempt had in
+                # flight is there now.
+                result = await run_episodes(await runtime(pools))
         outcome = "completed"
-        return result
+        return replace(result, flow_run_id=flow_run_id)
     except FencedError:
         outcome = "fenced"
         raise

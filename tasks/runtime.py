@@ -27,6 +27,7 @@ __all__ = ["DatasetInfo", "EpisodeData", "NoProgress", "Progress", "Runtime", "S
 class Progress(Protocol):
     """Who wants to know how far it is: the terminal, the artifacts of the UI."""
 
+    def begin(self, run: str, num_episode: int) -> None: ...
     def started(self, phase: str, number: int, total: int) -> None: ...
     def advanced(self, phase: str, number: int, done: int) -> None: ...
     def finished(
@@ -38,6 +39,7 @@ class Progress(Protocol):
 class NoProgress:
     """Nobody wants to know."""
 
+    def begin(self, run: str, num_episode: int) -> None: ...
     def started(self, phase: str, number: int, total: int) -> None: ...
     def advanced(self, phase: str, number: int, done: int) -> None: ...
     def finished(
@@ -184,6 +186,12 @@ class Runtime:
             found.scoring, num_shards=size, name=f"scoring of episode {plan.episode}"
         )
         return EpisodeData(plan=plan, rollout=rollout, scored=scored)
+
+    def versions_with_weights(self) -> set[int]:
+        """Trained versions whose weights retention has left."""
+        gone = {prefix for prefix in self.gone if f"{self.run}/weights/" in prefix}
+        deleted = {int(p.split("version=")[1].split("/")[0]) for p in gone}
+        return set(range(1, self.state.trained_episodes + 1)) - deleted
 
     # ---- where the weights are ------------------------------------------------------------
 

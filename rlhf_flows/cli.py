@@ -1,0 +1,156 @@
+"""The command line: `rlhf-flows train RECIPE key=value ...`, and a look at what runs left.
+
+A wrong input ends with one paragraph on standard error and exit code 2, before anything expensive
+starts; any other failure of a run with exit code 1.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from rlhf_flows.errors import RlhfFlowsError, UserError
+from rlhf_flows.local_services import prepare_environment
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="rlhf-flows",
+    help="RLHF and RL post-training of language models as Prefect flows.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+pools_app = typer.Typer(help="Actor pools on a Ray cluster.", no_args_is_help=True)
+app.add_typer(pools_app, name="pools")
+
+
+def main() -> None:
+    """Runs the command line; what goes wrong is one paragraph."""
+    # The user's own reward functions and modules are importable from where they stand.
+    sys.path.insert(0, "")
+    try:
+        app()
+    except RlhfFlowsError as e:
+        Console(stderr=True).print(f"error: {e}", style="red", markup=False, highlight=False)
+        sys.exit(2 if isinstance(e, UserError) else 1)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: start again with the same run_name to resume")
+        sys.exit(130)
+
+
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Argument(help="quickstart, sft or grpo.")],
+    settings: Annotated[
+        list[str] | None, typer.Argument(help="Settings, as key=value.", show_default=False)
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="A YAML file of settings.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the summary to this file, too.")
+    ] = None,
+    takeover: Annotated[
+        bool, typer.Option(help="Replace another attempt of this run that is alive.")
+    ] = False,
+    verbose: Annotated[bool, typer.Option(help="Show the logs of Prefect.")] = False,
+) -> None:
+    """Trains by a recipe. With the run_name of an earlier run, goes on with it."""
+    prepare_environment(verbose=verbose)
+    from rlhf_flows.config import load_config
+    from rlhf_flows.deployments import find_recipe
+
+    chosen = find_recipe(recipe)
+    loaded = load_config(chosen.config, settings or (), file=config)
+    if json_file is not None and not json_file.absolute().parent.is_dir():
+        raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
+    from rlhf_flows.local_services import flow_run_url
+    from rlhf_flows.summary import print_summary, summarize, write_summary
+    from rlhf_flows.terminal import TerminalProgress
+
+    console = Console()
+    started = time.monotonic()
+    chosen.check(loaded)
+    with TerminalProgress(console, num_episode=loaded.runtime.num_episode) as progress:
+        result = asyncio.run(_train(chosen, loaded, progress, takeover))
+    summary = summarize(
+        result,
+        total_seconds=time.monotonic() - started,
+        flow_run_url=flow_run_url(result.run.flow_run_id),
+    )
+    if json_file is not None:
+        write_summary(summary, json_file)
+    print_summary(console, result, summary)
+
+
+async def _train(recipe: Any, config: Any, progress: Any, takeover: bool) -> Any:
+    return await recipe.run(config, progress=progress, takeover=takeover)
+
+
+@app.command()
+def ls(store: Annotated[str, typer.Option(help="Store of the runs.")] = "runs") -> None:
+    """Lists the runs of a store."""
+    from rlhf_flows.inspection import list_runs
+
+    console = Console()
+    console.print(list_runs(store))
+
+
+@app.command()
+def show(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    store: Annotated[str, typer.Option(help="Store of the run.")] = "runs",
+    samples: Annotated[int, typer.Option(help="Samples of the last episode to show.")] = 4,
+) -> None:
+    """Shows what a run has come to: its episodes, evaluations and some samples."""
+    from rlhf_flows.inspection import show_run
+
+    console = Console()
+    for part in show_run(store, run, samples=samples):
+        console.print(part)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    to: Annotated[Path, typer.Option("--to", help="An empty or new folder.")],
+    version: Annotated[int | None, typer.Option(help="Policy version; the newest if none.")] = None,
+    module: Annotated[str, typer.Option(help="Which trained module.")] = "",
+    store: Annotated[str, typer.Option(help="Store of the run.")] = "runs",
+) -> None:
+    """Writes a trained model as a Hugging Face folder."""
+    from rlhf_flows.exports import export_model
+
+    folder = export_model(store, run, to, version=version, module=module)
+    Console().print(f"the model of {run} is in {folder}", soft_wrap=True)
+
+
+@pools_app.command("ls")
+def pools_ls(address: Annotated[str, typer.Option(help="host:port of the Ray head.")]) -> None:
+    """Lists the actors of all runs on a cluster."""
+    from rlhf_flows.inspection import list_pools
+
+    Console().print(list_pools(address))
+
+
+@pools_app.command("release")
+def pools_release(
+    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    address: Annotated[str, typer.Option(help="host:port of the Ray head.")],
+) -> None:
+    """Ends the actors of a run, and frees what they hold."""
+    from rlhf_flows.inspection import release_pools
+
+    count = release_pools(address, run)
+    Console().print(f"{count} actors of {run} were ended")
+
+
+if __name__ == "__main__":
+    main()

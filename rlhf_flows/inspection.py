@@ -1,0 +1,137 @@
+"""A look at what runs left: in a store, and on a cluster. Reads only, but for `release_pools`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+from rich.table import Table
+
+from rlhf_flows.config import ClusterConfig
+from rlhf_flows.data import from_parquet, to_samples
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.store import (
+    ObjectStore,
+    RunLayout,
+    RunState,
+    check_run_name,
+    open_store,
+    read_json,
+    scan,
+)
+
+__all__ = ["list_pools", "list_runs", "release_pools", "show_run"]
+
+_METRICS = ("reward", "exact", "loss", "kl", "entropy", "response_length", "grad_norm")
+
+
+def list_runs(url: str) -> Table:
+    """Every run of a store, with how far it has come."""
+    store = open_store(url)
+    names = sorted({i.key.split("/", 1)[0] for i in store.list() if i.key.endswith("/run.json")})
+    table = Table("run", "started", "episodes", "attempts", title=f"runs in {store.url}")
+    for name in names:
+        state = scan(store, name)
+        record = read_json(store, RunLayout(name).run_json)
+        table.add_row(
+            name,
+            record["created_at"],
+            f"{state.trained_episodes} of {_num_episode(record)}",
+            str(len(state.attempts)),
+        )
+    return table
+
+
+def _num_episode(record: dict[str, Any]) -> str:
+    return str(record["config"].get("runtime", {}).get("num_episode", "?"))
+
+
+def show_run(url: str, run: str, *, samples: int) -> Iterator[Table]:
+    """Episodes, evaluations, and samples of the last scored shard, a table each."""
+    store = open_store(url)
+    state = scan(store, check_run_name(run))
+    if not state.exists:
+        raise ConfigError(f"there is no run {run!r} in {store.url}: `rlhf-flows ls` lists them")
+    yield _episodes(store, run, state)
+    if state.evaluations:
+        yield _evaluations(store, run, state)
+    if samples:
+        yield from _samples(store, state, samples)
+
+
+def _episodes(store: ObjectStore, run: str, state: RunState) -> Table:
+    rows = [
+        read_json(store, RunLayout(run).trained(e))["metrics"]
+        for e in range(state.trained_episodes)
+    ]
+    columns = [m for m in _METRICS if any(m in row for row in rows)]
+    table = Table("episode", *columns, title=f"{run}: episodes")
+    for number, row in enumerate(rows):
+        table.add_row(str(number), *(f"{row[m]:.4f}" if m in row else "" for m in columns))
+    return table
+
+
+def _evaluations(store: ObjectStore, run: str, state: RunState) -> Table:
+    done = {
+        version: read_json(store, RunLayout(run).evaluation_done(version, digest))["metrics"]
+        for (version, digest), evaluation in state.evaluations.items()
+        if evaluation.done
+    }
+    columns = [m for m in _METRICS if any(m in row for row in done.values())]
+    table = Table("version", *columns, title=f"{run}: held-out prompts")
+    for version in sorted(done):
+        row = done[version]
+        table.add_row(str(version), *(f"{row[m]:.4f}" if m in row else "" for m in columns))
+    return table
+
+
+def _samples(store: ObjectStore, state: RunState, count: int) -> Iterator[Table]:
+    scored = [e for e in state.episodes.values() if e.scoring and e.rollout]
+    if not scored:
+        return
+    last = scored[-1]
+    index = next(i for i in last.scoring if i in last.rollout)
+    batch = from_parquet(store.get(last.rollout[index]))
+    batch |= from_parquet(store.get(last.scoring[index]))
+    table = Table("sample", "prompt", "completion", "reward", title=f"episode {last.episode}")
+    for sample in to_samples(batch)[:count]:
+        table.add_row(
+            str(sample.get("sample_id", "")),
+            str(sample.get("prompt", ""))[-80:],
+            str(sample.get("completion", ""))[:200],
+            f"{float(sample['reward']):.3f}" if "reward" in sample else "",
+        )
+    yield table
+
+
+def list_pools(address: str) -> Table:
+    """Actors of all runs on a cluster."""
+    import ray
+
+    from rlhf_flows.pools import connect
+
+    asyncio.run(connect(ClusterConfig(address=address)))
+    table = Table("run", "pool", "replica", "rank", title=f"pools at {address}")
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if actor["namespace"].startswith("rlhf_flows/"):
+            pool, replica, rank = actor["name"].split("/")
+            table.add_row(actor["namespace"].partition("/")[2], pool, replica, rank)
+    return table
+
+
+def release_pools(address: str, run: str) -> int:
+    """Ends every actor of a run; returns how many there were."""
+    import ray
+
+    from rlhf_flows.pools import connect
+    from rlhf_flows.pools.pool import namespace_of
+
+    asyncio.run(connect(ClusterConfig(address=address)))
+    namespace = namespace_of(check_run_name(run))
+    found = [
+        a for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == namespace
+    ]
+    for actor in found:
+        ray.kill(ray.get_actor(actor["name"], namespace), no_restart=True)
+    return len(found)
