@@ -197,6 +197,8 @@ class PolicyTrainer(CausalLMModule):
             found[name] /= max(tokens, 1.0)
         found["logprob_gap"] /= max(gap_tokens, 1.0)
         found["logprob_gap_max"] = float(max_gap)
+        if not any("reference_logprobs" in micro_batch for micro_batch in data):
+            del found["kl"]
         return {**found, **metrics}
 
     def _loss(self, data: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -239,7 +241,9 @@ class PolicyTrainer(CausalLMModule):
         if grpo.kl_coef > 0:
             token_loss = token_loss + grpo.kl_coef * kl
         loss = (weights * token_loss).sum()
-        gap = torch.zeros(1, device=device) if behaviour is None else (now - behaviour).abs()
+        # Of one policy, in two engines: what the trainer has learned since is no gap.
+        sampled = now if grpo.old_logprobs == "behaviour" else old
+        gap = torch.zeros(1, device=device) if behaviour is None else (sampled - behaviour).abs()
         entropy = -now if scored.entropy is None else scored.entropy
         sums = [
             loss.detach(), policy_share, kl.detach().sum(), policy.clipped.sum(),
