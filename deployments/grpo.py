@@ -28,7 +28,7 @@ class GRPORuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`, with a group size that GRPO can learn from."""
 
     num_inference_per_prompt: int = Field(
-        8, ge=1, description="Completions of one prompt: the group size, at least 2."
+        default=8, ge=1, description="Completions of one prompt: the group size, at least 2."
     )
 
 
@@ -40,28 +40,33 @@ class GRPOConfig(EngineConfig):
         description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages);"
         " other columns go to the reward function."
     )
-    eval_prompts: str | None = Field(None, description="Held-out prompts, in the same form.")
+    eval_prompts: str | None = Field(
+        default=None, description="Held-out prompts, in the same form."
+    )
     reward: str = Field(description="`package.module:function`, importable from here.")
     runtime: GRPORuntime = Field(default_factory=GRPORuntime)
     generation: GenerationSettings = Field(
         default_factory=GenerationSettings, description="How the policy samples."
     )
     eval_generation: GenerationSettings | None = Field(
-        None, description="How it samples in evaluations; the same by default."
+        default=None, description="How it samples in evaluations; the same by default."
     )
     grpo: GRPOSettings = Field(default_factory=GRPOSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of all weights.")
-    sampler: Sampler = Field("auto", description="vLLM where it is installed.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of all weights.")
+    sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
     max_model_len: int | None = Field(
-        None, ge=2, description="Most tokens of prompt and completion; the model's limit if none."
+        default=None,
+        ge=2,
+        description="Most tokens of prompt and completion; the model's limit if none.",
     )
-    micro_batch_tokens: int = Field(4096, ge=1, description="Tokens of one training pass.")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one training pass.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, a third more time."
+        default=False, description="Recompute activations: less memory, a third more time."
     )
     chat_template: bool | None = Field(
-        None, description="Render prompts by the chat template; by default chat messages only."
+        default=None,
+        description="Render prompts by the chat template; by default chat messages only.",
     )
 
     @model_validator(mode="after")

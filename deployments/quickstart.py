@@ -38,24 +38,24 @@ REWARD = "rlhf_flows.deployments.sort_digits:reward"
 class QuickstartRuntime(GRPORuntime):
     """The loop of GRPO, in a size that two cores run in a minute."""
 
-    num_episode: int = Field(30, ge=1, description="Episodes of GRPO.")
-    sample_per_episode: int = Field(512, ge=1, description="Completions of one episode.")
+    num_episode: int = Field(default=30, ge=1, description="Episodes of GRPO.")
+    sample_per_episode: int = Field(default=512, ge=1, description="Completions of one episode.")
     train_global_batch_size: int | None = Field(
-        256, ge=1, description="Samples of one optimizer step."
+        default=256, ge=1, description="Samples of one optimizer step."
     )
-    eval_episode_interval: int = Field(10, ge=0, description="Evaluate every N episodes.")
+    eval_episode_interval: int = Field(default=10, ge=0, description="Evaluate every N episodes.")
 
 
 class QuickstartConfig(EngineConfig):
     """What `rlhf-flows train quickstart` can be asked for."""
 
     runtime: QuickstartRuntime = Field(default_factory=QuickstartRuntime)
-    warmup_steps: int = Field(200, ge=1, description="Optimizer steps of the warm-up.")
-    warmup_batch_size: int = Field(128, ge=1, description="Demonstrations of one of them.")
-    warmup_learning_rate: float = Field(3e-3, gt=0, description="Its peak; cosine to zero.")
-    learning_rate: float = Field(3e-4, gt=0, description="Of GRPO.")
-    num_eval_prompts: int = Field(512, ge=1, le=2048, description="Held-out prompts.")
-    sampler: Sampler = Field("auto", description="vLLM where it is installed.")
+    warmup_steps: int = Field(default=200, ge=1, description="Optimizer steps of the warm-up.")
+    warmup_batch_size: int = Field(default=128, ge=1, description="Demonstrations of one of them.")
+    warmup_learning_rate: float = Field(default=3e-3, gt=0, description="Its peak; cosine to zero.")
+    learning_rate: float = Field(default=3e-4, gt=0, description="Of GRPO.")
+    num_eval_prompts: int = Field(default=512, ge=1, le=2048, description="Held-out prompts.")
+    sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
 
 
 def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
@@ -169,7 +169,8 @@ def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
 async def quickstart(config: QuickstartConfig | None = None) -> None:
     """A small model learns to sort digits: warm-up, then GRPO."""
     context = FlowRunContext.get()
-    assert context is not None and context.flow_run is not None
+    assert context is not None
+    assert context.flow_run is not None
     config = config or QuickstartConfig()
     name = config.run_name or f"quickstart-{context.flow_run.id}"
     await _train(config, name, progress=None, takeover=False)

@@ -20,9 +20,11 @@ __all__ = ["RECIPE", "SFTConfig", "build", "sft"]
 class SFTRuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`; an episode is a number of demonstrations."""
 
-    sample_per_episode: int = Field(1024, ge=1, description="Demonstrations of one episode.")
+    sample_per_episode: int = Field(
+        default=1024, ge=1, description="Demonstrations of one episode."
+    )
     train_global_batch_size: int | None = Field(
-        64, ge=1, description="Demonstrations of one optimizer step."
+        default=64, ge=1, description="Demonstrations of one optimizer step."
     )
 
 
@@ -37,13 +39,14 @@ class SFTConfig(EngineConfig):
     runtime: SFTRuntime = Field(default_factory=SFTRuntime)
     sft: SFTSettings = Field(default_factory=SFTSettings)
     optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="Of the weights.")
-    micro_batch_tokens: int = Field(4096, ge=1, description="Tokens of one pass.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights.")
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one pass.")
     gradient_checkpointing: bool = Field(
-        False, description="Recompute activations: less memory, a third more time."
+        default=False, description="Recompute activations: less memory, a third more time."
     )
     chat_template: bool | None = Field(
-        None, description="Render prompts by the chat template; by default chat messages only."
+        default=None,
+        description="Render prompts by the chat template; by default chat messages only.",
     )
 
     @model_validator(mode="after")
@@ -93,4 +96,8 @@ async def sft(config: SFTConfig) -> None:
     await run(config)
 
 
-RECIPE = Recipe(name="sft", config=SFTConfig, check=lambda c: build(c).check(), run=run)
+def _check(config: SFTConfig) -> None:
+    build(config).check()
+
+
+RECIPE = Recipe(name="sft", config=SFTConfig, check=_check, run=run)

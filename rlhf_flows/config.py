@@ -1,4 +1,4 @@
-"""What can be asked for: strict pydantic models, read the same way from YAML, `key=value` and Python.
+"""What can be asked for: strict pydantic models, read alike from YAML, `key=value` and Python.
 
 The decision here: a recipe's configuration is one frozen model, a subclass of `EngineConfig`. An
 unknown key is refused with the nearest right one, and whatever can be checked without a cluster is
@@ -55,9 +55,9 @@ MAY_CHANGE = frozenset(
 class StoreConfig(Settings):
     """Where everything durable goes."""
 
-    url: str = Field("runs", description="A folder, `file://...` or `s3://bucket/prefix`.")
+    url: str = Field(default="runs", description="A folder, `file://...` or `s3://bucket/prefix`.")
     single_writer: bool = Field(
-        False,
+        default=False,
         description="Accept a store that fails the put-if-absent probe. Safe only if no two"
         " processes ever work on one run.",
     )
@@ -67,81 +67,106 @@ class ClusterConfig(Settings):
     """The Ray cluster that holds the actor pools."""
 
     address: str | None = Field(
-        None,
+        default=None,
         description="`host:port` of a running head (pools outlive the flow); none starts a local"
         " one that ends with the flow.",
     )
     num_cpus: PositiveInt | None = Field(
-        None, description="CPUs that a local head offers; all of the machine by default."
+        default=None, description="CPUs that a local head offers; all of the machine by default."
     )
     object_store_memory_bytes: int = Field(
-        1 << 30, ge=80 << 20, description="Shared memory of a local head's object store."
+        default=1 << 30, ge=80 << 20, description="Shared memory of a local head's object store."
     )
     lease_s: float = Field(
-        900.0, gt=0, description="Pools without a heartbeat for this long release themselves."
+        default=900.0,
+        gt=0,
+        description="Pools without a heartbeat for this long release themselves.",
     )
 
 
 class ModelConfig(Settings):
     """How one module is placed."""
 
-    num_replica: PositiveInt = Field(1, description="Copies of the module that share the shards.")
+    num_replica: PositiveInt = Field(
+        default=1, description="Copies of the module that share the shards."
+    )
     ranks_per_replica: PositiveInt = Field(
-        1, description="Processes of one replica, in one torch process group."
+        default=1, description="Processes of one replica, in one torch process group."
     )
-    num_gpu: float = Field(0, ge=0, description="GPUs of one rank.")
+    num_gpu: float = Field(default=0, ge=0, description="GPUs of one rank.")
     num_cpu: float = Field(
-        0, ge=0, description="CPUs reserved for one rank; 0 shares the machine's cores."
+        default=0, ge=0, description="CPUs reserved for one rank; 0 shares the machine's cores."
     )
-    memory_bytes: int = Field(0, ge=0, description="Memory reserved for one rank; 0 reserves none.")
+    memory_bytes: int = Field(
+        default=0, ge=0, description="Memory reserved for one rank; 0 reserves none."
+    )
     num_threads: PositiveInt | None = Field(
-        None, description="CPU threads of one rank; by default what the module asks for."
+        default=None, description="CPU threads of one rank; by default what the module asks for."
     )
     generation_batch_size: PositiveInt | None = Field(
-        None, description="Rows of one call, where smaller than a shard."
+        default=None, description="Rows of one call, where smaller than a shard."
     )
 
 
 class RuntimeConfig(Settings):
     """The loop over episodes. Names and meanings are ChatLearn's where it has them."""
 
-    num_episode: PositiveInt = Field(10, description="Episodes of the whole run.")
-    sample_per_episode: PositiveInt = Field(512, description="Completions of one episode.")
+    num_episode: PositiveInt = Field(default=10, description="Episodes of the whole run.")
+    sample_per_episode: PositiveInt = Field(default=512, description="Completions of one episode.")
     num_inference_per_prompt: PositiveInt = Field(
-        1, description="Completions of one prompt: the group size."
+        default=1, description="Completions of one prompt: the group size."
     )
     generation_batch_size: PositiveInt | None = Field(
-        None, description="Samples of one shard, whole groups; by default the episode in one."
+        default=None,
+        description="Samples of one shard, whole groups; by default the episode in one.",
     )
     train_global_batch_size: PositiveInt | None = Field(
-        None, description="Samples of one optimizer step; by default the whole episode."
+        default=None, description="Samples of one optimizer step; by default the whole episode."
     )
-    num_training_epoch: PositiveInt = Field(1, description="Passes over an episode's samples.")
+    num_training_epoch: PositiveInt = Field(
+        default=1, description="Passes over an episode's samples."
+    )
     max_staleness: int = Field(
-        0, ge=0, description="Versions a sampler may lag behind: 0 is on-policy, 1 overlaps."
+        default=0,
+        ge=0,
+        description="Versions a sampler may lag behind: 0 is on-policy, 1 overlaps.",
     )
-    sync_frequency: PositiveInt = Field(1, description="Sync parameters every N episodes.")
+    sync_frequency: PositiveInt = Field(default=1, description="Sync parameters every N episodes.")
     save_episode_interval: PositiveInt = Field(
-        1, description="Full training state every N episodes; weights are kept for each."
+        default=1, description="Full training state every N episodes; weights are kept for each."
     )
-    keep_last: PositiveInt = Field(2, description="Training states and weights kept.")
-    eval_episode_interval: int = Field(0, ge=0, description="Evaluate every N episodes; 0 never.")
+    keep_last: PositiveInt = Field(default=2, description="Training states and weights kept.")
+    eval_episode_interval: int = Field(
+        default=0, ge=0, description="Evaluate every N episodes; 0 never."
+    )
     eval_num_inference_per_prompt: PositiveInt = Field(
-        1, description="Completions of one prompt in an evaluation."
+        default=1, description="Completions of one prompt in an evaluation."
     )
-    enable_eval_before_training: bool = Field(True, description="Evaluate version 0, too.")
-    data_shuffle: bool = Field(True, description="Shuffle the prompts anew each epoch.")
-    seed: int = Field(0, ge=0, lt=2**31, description="Seed of everything random in the run.")
-    setup_timeout_s: float = Field(600.0, gt=0, description="For a module to load its model.")
-    shard_timeout_s: float = Field(1800.0, gt=0, description="For one module call on a shard.")
-    train_timeout_s: float = Field(3600.0, gt=0, description="For one optimizer step.")
-    sync_timeout_s: float = Field(600.0, gt=0, description="For the weights to reach a replica.")
-    sync_bucket_bytes: PositiveInt = Field(128 << 20, description="Bytes of one sync bucket.")
+    enable_eval_before_training: bool = Field(default=True, description="Evaluate version 0, too.")
+    data_shuffle: bool = Field(default=True, description="Shuffle the prompts anew each epoch.")
+    seed: int = Field(
+        default=0, ge=0, lt=2**31, description="Seed of everything random in the run."
+    )
+    setup_timeout_s: float = Field(
+        default=600.0, gt=0, description="For a module to load its model."
+    )
+    shard_timeout_s: float = Field(
+        default=1800.0, gt=0, description="For one module call on a shard."
+    )
+    train_timeout_s: float = Field(default=3600.0, gt=0, description="For one optimizer step.")
+    sync_timeout_s: float = Field(
+        default=600.0, gt=0, description="For the weights to reach a replica."
+    )
+    sync_bucket_bytes: PositiveInt = Field(
+        default=128 << 20, description="Bytes of one sync bucket."
+    )
     sync_probe: bool = Field(
-        True, description="Compare logprobs of probe sequences between trainer and sampler."
+        default=True, description="Compare logprobs of probe sequences between trainer and sampler."
     )
     max_replica_restarts: int = Field(
-        3, ge=0, description="Restarts of one pool's replicas within a phase before it fails."
+        default=3,
+        ge=0,
+        description="Restarts of one pool's replicas within a phase before it fails.",
     )
 
     @model_validator(mode="after")
@@ -181,7 +206,8 @@ class EngineConfig(Settings):
     """What every recipe has."""
 
     run_name: str | None = Field(
-        None, description="Name of the run; an existing one is resumed. None makes a new one."
+        default=None,
+        description="Name of the run; an existing one is resumed. None makes a new one.",
     )
     store: StoreConfig = Field(default_factory=StoreConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
@@ -189,7 +215,9 @@ class EngineConfig(Settings):
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Placement of modules, by name."
     )
-    log_level: str = Field("WARNING", description="Of the workers and of Prefect's loggers.")
+    log_level: str = Field(
+        default="WARNING", description="Of the workers and of Prefect's loggers."
+    )
 
     def for_model(self, name: str) -> ModelConfig:
         return self.models.get(name, ModelConfig())
@@ -275,7 +303,9 @@ def _refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], path: tuple
         dotted = ".".join((*path, str(key)))
         field = model.model_fields.get(str(key))
         if field is None:
-            raise ConfigError(f"unknown setting {dotted!r}{_nearest(dotted, _all_keys(model, path))}")
+            raise ConfigError(
+                f"unknown setting {dotted!r}{_nearest(dotted, _all_keys(model, path))}"
+            )
         inner = _model_in(field.annotation)
         if inner is None or not isinstance(value, Mapping):
             continue

@@ -156,9 +156,7 @@ class Engine:
             UserError: something asked for is wrong; nothing expensive was started.
             FencedError: a newer attempt took over.
         """
-        return _in_own_loop(
-            lambda: self.alearn(takeover=takeover, progress=progress, **settings)
-        )
+        return _in_own_loop(lambda: self.alearn(takeover=takeover, progress=progress, **settings))
 
     async def alearn(
         self,
@@ -181,9 +179,7 @@ class Engine:
         check(self._describe())
         return self
 
-    def _describe(
-        self, *, takeover: bool = False, progress: Progress | None = None
-    ) -> Description:
+    def _describe(self, *, takeover: bool = False, progress: Progress | None = None) -> Description:
         if self.trainer is None and self.evaluator is None:
             raise ConfigError(
                 "the engine has neither trainer nor evaluator, so there is nothing to learn: give"

@@ -28,7 +28,8 @@ class TracedModule(Protocol):
     @property
     def name(self) -> str: ...
 
-    generates: bool
+    @property
+    def generates(self) -> bool: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

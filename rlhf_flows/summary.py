@@ -78,9 +78,9 @@ def _curve(result: RecipeResult) -> list[float]:
 def _plot(values: list[float], title: str) -> str:
     import plotext
 
-    plotext.clear_figure()
-    plotext.plot_size(64, 12)
-    plotext.theme("clear")
-    plotext.title(title)
-    plotext.plot(list(range(1, len(values) + 1)), values, marker="braille")
-    return str(plotext.build())
+    figure = plotext.figure
+    figure.clear()
+    figure.plot_size(64, 12)
+    figure.title(title)
+    figure.draw(figure.signal(values).lines())
+    return str(plotext.uncolorize(str(figure.build())))

@@ -92,7 +92,9 @@ class TerminalProgress:
     ) -> None:
         if phase in self._tasks:
             task = self._tasks[phase]
-            self._bars.update(task, completed=self._bars.tasks[self._bars.task_ids.index(task)].total)
+            self._bars.update(
+                task, completed=self._bars.tasks[self._bars.task_ids.index(task)].total
+            )
             self._bars.stop_task(task)
         if phase == "training":
             self._episodes[number] = metrics
@@ -111,7 +113,9 @@ class TerminalProgress:
         if self.console.is_terminal:
             return
         shown = "  ".join(f"{m} {metrics[m]:.3f}" for m in _SHOWN if m in metrics)
-        self.console.print(f"{time.monotonic() - self._started:6.1f} s  {what}  {shown}")
+        self.console.print(
+            f"{time.monotonic() - self._started:6.1f} s  {what}  {shown}", soft_wrap=True
+        )
 
     def _refresh(self) -> None:
         if self._live is not None:

@@ -46,7 +46,9 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
         nonlocal done
         columns = plan.samples(index)
         # Ids name the version; seeds do not, so that versions are compared on equal draws.
-        columns["sample_id"] = [f"v{version:06d}{i[len('e000000'):]}" for i in columns["sample_id"]]
+        columns["sample_id"] = [
+            f"v{version:06d}{i[len('e000000') :]}" for i in columns["sample_id"]
+        ]
         job = ShardJob(
             index=index,
             episode=version,

@@ -76,10 +76,7 @@ async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None
         runtime.pools[pair.source].on_replica(
             trainer, *args, what=what, timeout_s=_PROBE_TIMEOUT_S
         ),
-        *(
-            pool.on_replica(r, *args, what=what, timeout_s=_PROBE_TIMEOUT_S)
-            for r in pool.replicas
-        ),
+        *(pool.on_replica(r, *args, what=what, timeout_s=_PROBE_TIMEOUT_S) for r in pool.replicas),
     )
     gap = max(_distance(expected, logprobs) for logprobs in found)
     tolerance = _TOLERANCE.get(dtype, _TOLERANCE["bfloat16"])
@@ -93,5 +90,7 @@ async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None
 
 
 def _distance(expected: list[list[float]], found: list[list[float]]) -> float:
-    pairs = [(a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)]
+    pairs = [
+        (a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)
+    ]
     return sum(abs(a - b) for a, b in pairs) / max(1, len(pairs))

@@ -23,7 +23,6 @@ from rlhf_flows.graph import Node
 from rlhf_flows.pools import CheckpointRecord, Pool, Source, StoredShard, TrainCall, TrainRows
 from rlhf_flows.pools.pool import Replica
 from rlhf_flows.store import commit_json
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.retention import retain
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime

@@ -137,7 +137,7 @@ def _authenticate(*, is_local: bool) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
     os.environ["RAY_AUTH_MODE"] = "token"
     # Ray reads the mode when it is imported, which may be long ago; it refreshes it the same way.
-    ray._raylet.Config.initialize("")
+    ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # compiled, not annotated
 
 
 def _init(config: ClusterConfig, min_cpus: float) -> None:

@@ -22,7 +22,7 @@ class WeightsDigest:
     def update(self, name: str, dtype: str, shape: Iterable[int], data: NDArray[np.uint8]) -> None:
         header = f"{name}|{dtype}|{','.join(map(str, shape))}|"
         self._hash.update(header.encode())
-        self._hash.update(data)
+        self._hash.update(data.data)
 
     def hexdigest(self) -> str:
         return self._hash.hexdigest()

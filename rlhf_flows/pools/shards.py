@@ -19,9 +19,7 @@ __all__ = ["ShardStore", "merge", "metrics_of", "previews_of"]
 _PREVIEWS = 3
 _PREVIEW_CHARACTERS = 400
 _PREVIEW_COLUMNS = ("sample_id", "prompt", "completion", "reward", "finish_reason")
-_NO_METRIC = frozenset(
-    {"group", "sibling", "prompt_row", "seed", "policy_version", "prompt_ids"}
-)
+_NO_METRIC = frozenset({"group", "sibling", "prompt_row", "seed", "policy_version", "prompt_ids"})
 
 
 class ShardStore:
@@ -125,7 +123,7 @@ def previews_of(batch: Batch) -> tuple[dict[str, Any], ...]:
         return ()
     previews = []
     for row in range(min(_PREVIEWS, batch_size(batch))):
-        preview = {}
+        preview: dict[str, Any] = {}
         for name in _PREVIEW_COLUMNS:
             if name in batch:
                 value = batch[name][row]
