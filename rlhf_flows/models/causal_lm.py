@@ -69,6 +69,7 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
+    from rlhf_flows.models.fused_layers import fuse_layers
     from rlhf_flows.models.shared_prefix import ATTENTION
 
     check_model_folder(path)
@@ -86,6 +87,7 @@ def load_causal_lm(
         for dropout in ("p", "attention_dropout"):
             if isinstance(getattr(module, dropout, None), float):
                 setattr(module, dropout, 0.0)
+    fuse_layers(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     loaded: Any = model

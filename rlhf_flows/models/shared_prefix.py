@@ -9,8 +9,10 @@ those of one padded row per sample, up to rounding.
 Two more savings: a response's last token predicts nothing, so it is never an input; and what
 follows the prompt's last token is predicted once for all siblings.
 
-Attention is two SDPA calls, prompts on themselves and responses on prompt and self. A dense mask
-over the whole row costs more than it saves on CPU. The same calls run on CUDA.
+Attention is chosen by device. In general it is two SDPA calls, prompts on themselves and responses
+on prompt and self; a dense mask over the whole row costs more than it saves. On CPU, short
+sequences go through plain products (cpu_attention.py). On CUDA the two SDPA calls have not been
+measured against varlen or flex attention yet.
 
 Letters: G prompts (groups), P longest prompt, B responses (samples), R longest response input,
 N tokens in the row, T scored response tokens of all samples, H heads, d head width.
@@ -254,6 +256,10 @@ def shared_prefix_attention(
         q, own_k, own_v = (_padded(x, layout.num_responses, *pads) for _, x in split)
         k = torch.cat([_for_siblings(k, layout), own_k], dim=2)
         v = torch.cat([_for_siblings(v, layout), own_v], dim=2)
+        if gqa and query.device.type != "cpu":
+            # With a mask, CUDA's fast kernels want as many key heads as query heads.
+            k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+            gqa = False
         out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=layout.mask, scale=scaling, enable_gqa=gqa
         )

@@ -21,6 +21,7 @@ from transformers import (
 
 from rlhf_flows.models import cpu_attention
 from rlhf_flows.models.causal_lm import SUPPORTED_ARCHITECTURES
+from rlhf_flows.models.fused_layers import fuse_layers
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, window_of
 from rlhf_flows.models.shared_prefix import ATTENTION
 
@@ -104,7 +105,7 @@ def test_every_supported_architecture_is_tested_here() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
 @pytest.mark.parametrize("samples", [ragged_samples, even_samples])
-@pytest.mark.parametrize("way", ["products", "fused", "padded"])
+@pytest.mark.parametrize("way", ["products", "fused", "padded", "fused layers"])
 def test_logprobs_and_gradients_are_those_of_one_sequence_at_a_time(
     monkeypatch: pytest.MonkeyPatch, architecture: str, samples, way: str
 ) -> None:
@@ -115,6 +116,8 @@ def test_logprobs_and_gradients_are_those_of_one_sequence_at_a_time(
     prompts, responses, groups = samples()
     expected = one_by_one(model, prompts, responses, 0.7)
     expected_gradients = gradients(model, expected)
+    if way == "fused layers":
+        fuse_layers(model)
     got = response_logprobs(
         model, prompts, responses, groups, temperature=0.7, layout=layout
     ).logprobs
