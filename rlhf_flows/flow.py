@@ -65,8 +65,9 @@ class _Phases:
 
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
-        self.first = min(runtime.state.trained_episodes, runtime.config.runtime.num_episode)
-        self.last = runtime.config.runtime.num_episode
+        # Without a trainer there is version 0 alone: what an evaluator looks at.
+        self.last = 0 if runtime.trainer is None else runtime.config.runtime.num_episode
+        self.first = min(runtime.state.trained_episodes, self.last)
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
         self._done: dict[tuple[str, int], asyncio.Task[None]] = {}
@@ -87,6 +88,9 @@ class _Phases:
         if runtime.syncs:
             self._start("sync", start, self._sync(start))
         self._start_evaluation(start)
+        for version in range(start + 1, self.first + 1):
+            # Trained already, and not sampled from yet: the samplers lag behind.
+            self._start_synced(version)
         ahead = runtime.config.runtime.max_staleness + 2
         for episode in range(self.first, self.last):
             await self._after(("training", episode - ahead))
@@ -96,11 +100,12 @@ class _Phases:
                 self._start("scoring", episode, self._scoring(episode))
             if runtime.trainer is not None:
                 self._start("training", episode, self._training(episode))
-            version = episode + 1
-            if runtime.syncs and self._is_synced(version) and version > start:
-                self._start("sync", version, self._sync(version))
-            if version > start:
-                self._start_evaluation(version)
+            self._start_synced(episode + 1)
+
+    def _start_synced(self, version: int) -> None:
+        if self.runtime.syncs and self._is_synced(version):
+            self._start("sync", version, self._sync(version))
+        self._start_evaluation(version)
 
     def _start(self, phase: str, number: int, work: Coroutine[Any, Any, None]) -> None:
         self._done[phase, number] = self._group.create_task(work, name=f"{phase} {number}")
@@ -153,7 +158,9 @@ class _Phases:
         staleness = self.runtime.config.runtime.max_staleness
         readers = [("rollout", e) for e in range(self.first, min(version + staleness, self.last))]
         evaluations = [("evaluation", v) for v in range(version)]
-        await self._after(("training", version - 1), *readers, *evaluations)
+        await self._after(("training", version - 1))
+        # Only now are all readers scheduled: the schedule runs a few episodes ahead of training.
+        await self._after(*readers, *evaluations)
         self._count("param_sync", await param_sync(self.runtime, version))
 
     async def _evaluation(self, version: int) -> None:
@@ -171,7 +178,7 @@ class _Phases:
         settings = self.runtime.config.runtime
         if self.runtime.evaluator is None or not self._is_synced(version):
             return False
-        if version == 0:
+        if version == 0 and self.last > 0:
             return settings.enable_eval_before_training
         interval = settings.eval_episode_interval
         return version == self.last or bool(interval and version % interval == 0)
@@ -205,13 +212,13 @@ class _Phases:
     async def result(self) -> RunResult:
         runtime = self.runtime
         episodes = {}
-        for version in range(1, self.last + 1 if runtime.trainer is not None else 1):
+        for version in range(1, self.last + 1):
             commit = await runtime.commit_of(version)
             episodes[version - 1] = {**commit["metrics"], "seconds": commit["seconds"]}
         return RunResult(
             run=runtime.run,
             url=f"{runtime.store.url}/{runtime.run}",
-            version=self.last if runtime.trainer is not None else 0,
+            version=self.last,
             resumed_at=self.first,
             episodes=episodes,
             evaluations=dict(sorted(self.evaluations.items())),

@@ -102,6 +102,8 @@ async def _run_nodes(
             else:
                 inputs.append(tables.add(outputs[origin]))
         merged = [i for i in sorted(phase.stored) if is_last and i != last.id]
+        if is_last and job.base is None and BATCH in outputs:
+            merged.insert(0, BATCH)  # the rows that the first node was given
         call = ForwardCall(
             attempt=runtime.attempt,
             phase=phase.name,

@@ -21,11 +21,11 @@ async def retain(runtime: Runtime, *, newest: int) -> None:
     # The oldest version that an unfinished episode samples from.
     named = runtime.sampling_version(newest)
     full = 0
+    gone = frozenset(runtime.gone)
     for version in range(newest, 0, -1):
-        payload = runtime.commits.get(version)
-        if payload is None:
-            break
+        payload = await runtime.commit_of(version)
         is_full = False
+        all_doomed = []
         for entry in payload["checkpoints"].values():
             record = CheckpointRecord.from_json(entry)
             is_full = is_full or record.state is not None
@@ -39,6 +39,7 @@ async def retain(runtime: Runtime, *, newest: int) -> None:
                 and full >= settings.keep_last
             ):
                 doomed.append(record.weights)
+            all_doomed += [folder.prefix for folder in doomed]
             for folder in doomed:
                 if folder.prefix not in runtime.gone:
                     await asyncio.to_thread(
@@ -50,3 +51,5 @@ async def retain(runtime: Runtime, *, newest: int) -> None:
                     )
                     runtime.gone.add(folder.prefix)
         full += is_full
+        if all_doomed and gone.issuperset(all_doomed):
+            break  # an earlier call was here already

@@ -116,6 +116,7 @@ class Runtime:
         """Prefixes of folders that retention deleted."""
         self._episodes: dict[int, EpisodeData] = {}
         self._planning = asyncio.Lock()
+        self._sending: dict[tuple[str, int], asyncio.Future[Any]] = {}
         for pool in pools.values():
             pool.bring_to = self.bring_to
 
@@ -224,18 +225,24 @@ class Runtime:
 
     async def weights_of(self, module: str, version: int) -> WeightsSource | None:
         """The weights as Ray objects, if the trainer holds that version and is at rest."""
-        (replica,) = self.pools[module].replicas
-        state = replica.state
-        if not replica.alive or replica.working_on or not state.clean or state.version != version:
-            return None
-        source: WeightsSource = await self.pools[module].call(
-            "send_weights",
-            self.attempt,
-            version,
-            self.config.runtime.sync_bucket_bytes,
-            what=f"packing the weights of version {version}",
-            timeout_s=self.config.runtime.sync_timeout_s,
-        )
+        key = (module, version)
+        if key not in self._sending:
+            (replica,) = self.pools[module].replicas
+            state, busy = replica.state, bool(replica.working_on)
+            if not replica.alive or busy or not state.clean or state.version != version:
+                return None
+            # Packed once, whoever asks while it is being packed.
+            sending = self.pools[module].call(
+                "send_weights",
+                self.attempt,
+                version,
+                self.config.runtime.sync_bucket_bytes,
+                what=f"packing the weights of version {version}",
+                timeout_s=self.config.runtime.sync_timeout_s,
+            )
+            self._sending[key] = asyncio.ensure_future(sending)
+            self._sending[key].add_done_callback(lambda _: self._sending.pop(key, None))
+        source: WeightsSource = await asyncio.shield(self._sending[key])
         return source
 
     async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:

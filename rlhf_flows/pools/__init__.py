@@ -1,4 +1,4 @@
-"""Actor pools: the models live here, across episodes, attempts and flow runs. The only room with Ray.
+"""Actor pools: the models live here, across episodes, attempts, flow runs. The only room with Ray.
 
 A `Worker` holds one rank of one module; a `Pool` is the replicas of a module, seen from the flow;
 `connect` reaches the cluster. Data passes between workers and the store, never through the flow.

@@ -75,12 +75,16 @@ class Pool:
     setup_timeout_s: float
     max_restarts: int
     bring_to: BringTo | None = None
+    check_fence: Callable[[], None] | None = None
+    """Raises where a newer attempt took over; asked before an actor is started."""
     reattached: int = 0
     """Replicas that were found alive."""
     _replicas: list[Replica] = field(default_factory=list)
     _free: asyncio.Queue[Replica] = field(default_factory=asyncio.Queue)
     _datasets: dict[str, tuple[str, Any]] = field(default_factory=dict)
     _restarts: int = 0
+    _created: list[Any] = field(default_factory=list)
+    """Actors that `open` started, until it is through."""
 
     @property
     def name(self) -> str:
@@ -98,16 +102,18 @@ class Pool:
         Raises:
             PoolError: a replica does not come up; those that this call created are ended.
         """
-        try:
-            opened = await asyncio.gather(
-                *(self._open_replica(i) for i in range(self.spec.num_replica))
-            )
-        except BaseException:
-            self.release()
-            raise
-        self._replicas = list(opened)
+        opened = await asyncio.gather(
+            *(self._open_replica(i) for i in range(self.spec.num_replica)), return_exceptions=True
+        )
+        failures = [r for r in opened if isinstance(r, BaseException)]
+        if failures:
+            # Those that were found are not this call's to end: a newer attempt may own them.
+            self._kill(self._created)
+            raise failures[0]
+        self._replicas = [r for r in opened if isinstance(r, Replica)]
         for replica in self._replicas:
             self._free.put_nowait(replica)
+        self._created.clear()
         self._drop_surplus()
 
     async def _open_replica(self, index: int) -> Replica:
@@ -123,7 +129,8 @@ class Pool:
             try:
                 actors.append(ray.get_actor(self._actor_name(index, rank), self._namespace))
             except ValueError:
-                self._kill(actors)
+                if actors:  # a group with a dead rank is no group
+                    await self._end(index, actors)
                 return None
         try:
             waiting_for = f"replica {index} of pool {self.name!r} to finish its last call"
@@ -140,7 +147,11 @@ class Pool:
         return Replica(index=index, ranks=actors, state=states[0])
 
     async def _create(self, index: int) -> Replica:
+        if self.check_fence is not None:
+            # A zombie must not take the names of the actors that a newer attempt brings up.
+            await asyncio.to_thread(self.check_fence)
         ranks = [self._start_actor(index, rank) for rank in range(self.spec.ranks_per_replica)]
+        self._created += ranks
         waiting_for = f"pool {self.name!r}, replica {index}, to load its model"
         try:
             rendezvous = None
@@ -246,7 +257,10 @@ class Pool:
         for kind, (digest, rows) in self._datasets.items():
             if (kind, digest) not in replica.state.datasets:
                 await self._gather(
-                    [a.load_dataset.remote(self.attempt, kind, digest, rows) for a in replica.ranks],
+                    [
+                        rank.load_dataset.remote(self.attempt, kind, digest, rows)
+                        for rank in replica.ranks
+                    ],
                     self.setup_timeout_s,
                     f"pool {self.name!r} to build the {kind} dataset",
                 )
@@ -363,6 +377,8 @@ class Pool:
                 " worker logs of Ray for the cause"
             )
         logger.warning("replica %d of pool %r is replaced", dead.index, self.name)
+        if self.check_fence is not None:
+            await asyncio.to_thread(self.check_fence)
         await self._end(dead.index, dead.ranks)
         fresh = await self._create(dead.index)
         dead.ranks, dead.state, dead.alive = fresh.ranks, fresh.state, True
@@ -403,13 +419,13 @@ class Pool:
         try:
             async with asyncio.timeout(timeout_s):
                 return list(await asyncio.gather(*refs))
-        except TimeoutError as e:
-            raise WaitTimeoutError(f"waited {timeout_s:g} s for {waiting_for}") from e
-        except RayTaskError as e:
+        except RayTaskError as e:  # before TimeoutError, which it also is where a task raised one
             cause = e.cause
             if isinstance(cause, Exception) and not isinstance(cause, RayTaskError):
                 raise cause from e
             raise
+        except TimeoutError as e:
+            raise WaitTimeoutError(f"waited {timeout_s:g} s for {waiting_for}") from e
 
 
 def _living(namespace: str) -> set[str]:

@@ -2,7 +2,7 @@
 
 A worker refuses calls of an older attempt (the fence), reads what it needs and writes its shards
 to the store itself, and returns a small report beside the batch. It is plain Python, so that it
-can be tested without Ray; `worker_actor` makes the actor class of it.
+can be tested without Ray; `Pool` makes actors of it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,16 @@ import cloudpickle
 import numpy as np
 import torch
 
-from rlhf_flows.data import Batch, batch_size, collate, concat, from_arrow, select, to_arrow
+from rlhf_flows.data import Batch, batch_size, collate, concat, select, to_arrow
 from rlhf_flows.errors import (
     DataError,
     FencedError,
+    NonFiniteError,
     PoolError,
     RlhfFlowsError,
     ShardError,
     SyncError,
+    UserError,
 )
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.digest import digest_weights, dtype_name
@@ -51,7 +53,14 @@ from rlhf_flows.pools.messages import (
 )
 from rlhf_flows.pools.shards import ShardStore, merge, metrics_of, previews_of
 from rlhf_flows.pools.transport import ObjectStoreTransport
-from rlhf_flows.store import RunLayout, fetch_folder, open_store, upload_folder
+from rlhf_flows.store import (
+    FolderRecord,
+    RunLayout,
+    check_fence,
+    fetch_folder,
+    open_store,
+    upload_folder,
+)
 
 __all__ = ["Worker"]
 
@@ -106,6 +115,8 @@ class Worker:
     def setup(self, attempt: int, rendezvous: tuple[str, int] | None = None) -> WorkerState:
         """Loads the model. Collective where a replica has several ranks: every rank."""
         self._enter(attempt)
+        # A new process knows of no attempt; the store does.
+        check_fence(self._store, self._spec.run, attempt)
         self._busy = True
         try:
             context = self._spec.context
@@ -213,7 +224,7 @@ class Worker:
             rows=rows,
             seconds=time.perf_counter() - started,
         )
-        if call.commit is not None:
+        if call.commit is not None and self._rank == 0:
             stored = [batches[i] for i in call.merged]
             base = None if call.base is None else batches[call.base]
             result, report = self._shards.commit(
@@ -223,6 +234,8 @@ class Worker:
         report = _replace(
             report, seconds=seconds, metrics=metrics_of(result), previews=previews_of(result)
         )
+        if self._rank:
+            return None, None, report  # rank 0 speaks for the replica
         return to_arrow(result), None if source is None else to_arrow(source), report
 
     def _source(self, source: Source) -> Batch:
@@ -248,7 +261,9 @@ class Worker:
         outputs = []
         for start in range(0, rows, max(size, 1)):
             part = data if size >= rows else select(data, range(start, min(start + size, rows)))
-            with _naming(self._module.name, call.method, call.phase, call.episode, call.shard, part):
+            with _naming(
+                self._module.name, call.method, call.phase, call.episode, call.shard, part
+            ):
                 output = method(part, **options)
                 outputs.append(_checked(output, part))
         return outputs[0] if len(outputs) == 1 else concat(outputs)
@@ -275,7 +290,8 @@ class Worker:
                 )
             self._episode = _EpisodeTraining(call.episode)
             self._seed(f"training/{call.episode}")
-            self._module.before_episode(call.episode)
+            with _naming(self._module.name, "before_episode", "training", call.episode, 0, None):
+                self._module.before_episode(call.episode)
         episode = self._episode
         if episode is None or episode.number != call.episode or episode.done != call.index:
             raise PoolError(
@@ -305,7 +321,10 @@ class Worker:
             metrics = getattr(self._module, call.method)(micro_batches, call.iteration) or {}
         episode.done += 1
         if episode.done == call.num_updates:
-            self._module.after_episode(call.episode)
+            with _naming(
+                self._module.name, "after_episode", "training", call.episode, call.index, None
+            ):
+                self._module.after_episode(call.episode)
             self._episode = None
         found = {name: float(value) for name, value in metrics.items()}
         samples = {name: mean for name, (mean, _) in metrics_of(batch).items()}
@@ -315,7 +334,10 @@ class Worker:
     # ---- weights and checkpoints ----------------------------------------------------------
 
     def checkpoint(self, attempt: int, version: int, with_state: bool) -> CheckpointRecord:
-        """Uploads weights and training state under fresh prefixes; a commit makes them real."""
+        """Uploads weights and training state under fresh prefixes; a commit makes them real.
+
+        Collective: every rank, same order. Rank 0 uploads.
+        """
         self._enter(attempt)
         self._busy = True
         try:
@@ -332,7 +354,7 @@ class Worker:
             (folder / "weights").mkdir()
             self._module.save_pretrained(folder / "weights")
             prefix = self._layout.weights_prefix(version, f"{name}-{uuid4().hex}")
-            weights = upload_folder(self._store, prefix, folder / "weights")
+            weights = self._upload(prefix, folder / "weights")
             state = None
             if with_state:
                 (folder / "state").mkdir()
@@ -341,7 +363,7 @@ class Worker:
                     json.dumps({"module": name, "version": version, "digest": digest})
                 )
                 prefix = self._layout.checkpoint_prefix(version, f"{name}-{uuid4().hex}")
-                state = upload_folder(self._store, prefix, folder / "state")
+                state = self._upload(prefix, folder / "state")
         return CheckpointRecord(
             module=name,
             digest=digest,
@@ -349,6 +371,9 @@ class Worker:
             state=state,
             seconds=time.perf_counter() - started,
         )
+
+    def _upload(self, prefix: str, folder: Path) -> FolderRecord | None:
+        return upload_folder(self._store, prefix, folder) if self._rank == 0 else None
 
     def committed(self, attempt: int, version: int) -> None:
         """The commit that makes the last training real is there."""
@@ -465,7 +490,8 @@ class _naming:
     def __init__(
         self, module: str, method: str, phase: str, episode: int, index: int, batch: Batch | None
     ) -> None:
-        self._where = f"{module}.{method} failed on {phase} of episode {episode}, shard {index}"
+        unit = f"step {index + 1}" if phase == "training" else f"shard {index}"
+        self._where = f"{module}.{method} failed on {phase} of episode {episode}, {unit}"
         ids = [] if batch is None else list(batch.get("sample_id", []))
         self._samples = f" (samples {ids[0]} to {ids[-1]})" if ids else ""
 
@@ -473,9 +499,12 @@ class _naming:
         return None
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if error is None or isinstance(error, RlhfFlowsError) or not isinstance(error, Exception):
+        if isinstance(error, UserError | NonFiniteError) and not isinstance(error, ShardError):
+            raise type(error)(f"{self._where}{self._samples}: {error}") from error
+        if isinstance(error, RlhfFlowsError) or not isinstance(error, Exception):
             return
-        raise ShardError(f"{self._where}{self._samples}: {type(error).__name__}: {error}") from error
+        cause = f"{type(error).__name__}: {error}"
+        raise ShardError(f"{self._where}{self._samples}: {cause}") from error
 
 
 def _checked(output: Any, data: Batch) -> Batch:
