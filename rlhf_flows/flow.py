@@ -23,7 +23,7 @@ from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, 
 from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.evaluation import evaluation_digest
 
-__all__ = ["RunResult", "is_finished", "run_episodes"]
+__all__ = ["RunResult", "is_finished", "phases_of", "run_episodes"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +58,20 @@ def is_finished(runtime: Runtime) -> bool:
     """Whether nothing is missing of the run, so that no pool is needed."""
     phases = _Phases(runtime)
     return phases.first == phases.last and not phases.missing_evaluations(phases.last + 1)
+
+
+def phases_of(runtime: Runtime) -> dict[str, list[int]]:
+    """The episodes or policy versions of each phase, of the whole run, done or not."""
+    phases = _Phases(runtime)
+    episodes, versions = range(phases.last), range(phases.last + 1)
+    numbers = {
+        "rollout": [e for e in episodes if runtime.rollout_nodes],
+        "scoring": [e for e in episodes if runtime.scoring_nodes],
+        "training": list(episodes),
+        "param_sync": [v for v in versions if v and runtime.syncs and phases.is_synced(v)],
+        "evaluation": [v for v in versions if phases.is_evaluated(v)],
+    }
+    return {phase: found for phase, found in numbers.items() if found}
 
 
 class _Phases:
@@ -103,7 +117,7 @@ class _Phases:
             self._start_synced(episode + 1)
 
     def _start_synced(self, version: int) -> None:
-        if self.runtime.syncs and self._is_synced(version):
+        if self.runtime.syncs and self.is_synced(version):
             self._start("sync", version, self._sync(version))
         self._start_evaluation(version)
 
@@ -171,12 +185,12 @@ class _Phases:
 
     # ---- what is evaluated ----------------------------------------------------------------
 
-    def _is_synced(self, version: int) -> bool:
+    def is_synced(self, version: int) -> bool:
         return version % self.runtime.config.runtime.sync_frequency == 0 or version == self.last
 
-    def _is_evaluated(self, version: int) -> bool:
+    def is_evaluated(self, version: int) -> bool:
         settings = self.runtime.config.runtime
-        if self.runtime.evaluator is None or not self._is_synced(version):
+        if self.runtime.evaluator is None or not self.is_synced(version):
             return False
         if version == 0 and self.last > 0:
             return settings.enable_eval_before_training
@@ -184,7 +198,7 @@ class _Phases:
         return version == self.last or bool(interval and version % interval == 0)
 
     def _start_evaluation(self, version: int) -> None:
-        if self._is_evaluated(version) and ("evaluation", version) not in self._done:
+        if self.is_evaluated(version) and ("evaluation", version) not in self._done:
             self._start("evaluation", version, self._evaluation(version))
 
     def _evaluated_versions(self) -> set[int]:
@@ -206,7 +220,7 @@ class _Phases:
         return [
             v
             for v in range(min(below, self.first + 1))
-            if self._is_evaluated(v) and v not in done and v in kept
+            if self.is_evaluated(v) and v not in done and v in kept
         ]
 
     async def result(self) -> RunResult:

@@ -1,0 +1,264 @@
+"""What the Prefect UI shows of a run: four artifacts, made once per flow run and then updated.
+
+The decision here: nothing waits for the UI. Phases tell a `RunBoard`; a task of its own looks at it
+and sends what changed, and no artifact may take more than half a percent of the time. An API that
+does not answer is logged once and never ends a run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import json
+import logging
+import re
+import time
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Self
+from uuid import UUID
+
+import httpx
+from prefect.client.orchestration import PrefectClient, get_client
+from prefect.client.schemas.actions import ArtifactCreate
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+from rlhf_flows.curves import draw
+from rlhf_flows.run_board import RunBoard
+from rlhf_flows.store import read_json
+from rlhf_flows.tasks import Progress, Runtime
+
+__all__ = ["ArtifactProgress", "FanOut"]
+
+logger = logging.getLogger(__name__)
+
+_EVERY_S = 2.0
+"""No artifact is updated more often."""
+_SHARE = 0.005
+"""Of the time that updates of one artifact may take."""
+_STORED_EPISODES = 200
+"""Of a resumed run, that are read for the table."""
+_LAST_UPDATE_S = 10.0
+
+
+class FanOut:
+    """Tells several."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def begin(self, run: str, num_episode: int) -> None:
+        for listener in self._listeners:
+            listener.begin(run, num_episode)
+
+    def started(self, phase: str, number: int, total: int) -> None:
+        for listener in self._listeners:
+            listener.started(phase, number, total)
+
+    def advanced(self, phase: str, number: int, done: int) -> None:
+        for listener in self._listeners:
+            listener.advanced(phase, number, done)
+
+    def finished(
+        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
+    ) -> None:
+        for listener in self._listeners:
+            listener.finished(phase, number, seconds, metrics)
+
+    def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None:
+        for listener in self._listeners:
+            listener.samples(episode, previews)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Artifact:
+    """One artifact: how it is made, and what is known of the one on the server."""
+
+    key: str
+    type: str
+    description: str
+    data: Callable[[], Any]
+    """Its present content; None while there is none."""
+    id: UUID | None = None
+    sent: Any = None
+    due: float = 0.0
+
+
+class ArtifactProgress(RunBoard):
+    """A `Progress` that shows itself in the Prefect UI, within `async with`.
+
+    Leaving the block sends the last state, and waits for that ten seconds at most.
+    """
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        *,
+        name: str,
+        phases: Mapping[str, Iterable[int]],
+        flow_run_id: str,
+    ) -> None:
+        """
+        Args:
+            name: Of the engine: what the artifacts' keys begin with, so that two engines in one
+                flow run show themselves side by side.
+            phases: As for `RunBoard`.
+        """
+        super().__init__(settings=runtime.config.runtime, phases=phases)
+        self._runtime = runtime
+        self._flow_run_id = UUID(flow_run_id)
+        prefix = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "engine"
+        of_run = f"run {runtime.run} in {runtime.store.url}"
+
+        def artifact(key: str, type: str, what: str, data: Callable[[], Any]) -> _Artifact:
+            return _Artifact(
+                key=f"{prefix}-{key}", type=type, description=f"{what} of {of_run}", data=data
+            )
+
+        self._artifacts = [
+            artifact("progress", "progress", "Progress", lambda: round(self.percent, 1)),
+            artifact("curves", "markdown", "Curves", self._picture),
+            artifact(
+                "episodes", "table", "Episodes, the newest first,", self._table(self.episodes)
+            ),
+            artifact(
+                "samples", "table", "Samples, the newest first,", self._table(self.sample_rows)
+            ),
+        ]
+        self._said = False
+        self._closing = asyncio.Event()
+        self._publisher: asyncio.Task[None] | None = None
+        self.seconds = 0.0
+        """Spent on showing, so far."""
+        self.updates = 0
+
+    async def __aenter__(self) -> Self:
+        self._publisher = asyncio.create_task(self._publish(), name="artifacts")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._publisher is not None
+        self._closing.set()
+        done, _ = await asyncio.wait([self._publisher], timeout=_LAST_UPDATE_S)
+        if not done:
+            self._publisher.cancel()
+            self._say(f"the last update took more than {_LAST_UPDATE_S:g} s")
+        elif not self._publisher.cancelled() and (failure := self._publisher.exception()):
+            logger.error(
+                "the artifacts of run %s are incomplete", self._runtime.run, exc_info=failure
+            )
+
+    # ---- in the background ----------------------------------------------------------------
+
+    async def _publish(self) -> None:
+        seen = -1
+        async with get_client() as client:
+            await self._guarded(self._find(client))
+            await asyncio.to_thread(self._read_stored)
+            while not self._closing.is_set():
+                if seen != self.changes:
+                    seen = self.changes
+                    for artifact in self._artifacts:
+                        await self._send(client, artifact)
+                try:
+                    async with asyncio.timeout(_EVERY_S):
+                        await self._closing.wait()
+                except TimeoutError:
+                    continue
+            for artifact in self._artifacts:
+                artifact.due = 0.0
+                await self._send(client, artifact)
+
+    async def _find(self, client: PrefectClient) -> None:
+        """A retried flow run goes on with the artifacts it has."""
+        of_this_run = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[self._flow_run_id]))
+        found = await client.read_artifacts(artifact_filter=of_this_run)
+        there = {(a.key, a.description): a.id for a in found}
+        for artifact in self._artifacts:
+            artifact.id = there.get((artifact.key, artifact.description))
+
+    def _read_stored(self) -> None:
+        runtime = self._runtime
+        first = runtime.state.trained_episodes
+        if first:
+            stored = range(max(0, first - _STORED_EPISODES), first)
+            commits = {e: read_json(runtime.store, runtime.layout.trained(e)) for e in stored}
+            self.resume(commits, first=first)
+
+    async def _send(self, client: PrefectClient, artifact: _Artifact) -> None:
+        started = time.monotonic()
+        if started < artifact.due:
+            return
+        data = artifact.data()
+        if data is None or data == artifact.sent:
+            return
+        if await self._guarded(self._upload(client, artifact, data)):
+            artifact.sent = data
+            self.updates += 1
+        seconds = time.monotonic() - started
+        self.seconds += seconds
+        artifact.due = started + max(_EVERY_S, seconds / _SHARE)
+
+    async def _upload(self, client: PrefectClient, artifact: _Artifact, data: Any) -> None:
+        if artifact.id is None:
+            made = await client.create_artifact(
+                ArtifactCreate(
+                    key=artifact.key,
+                    type=artifact.type,
+                    description=artifact.description,
+                    data=data,
+                    flow_run_id=self._flow_run_id,
+                )
+            )
+            artifact.id = made.id
+            return
+        # Not client.update_artifact: it also emits an event that carries the whole content.
+        await client.request(
+            "PATCH", "/artifacts/{id}", path_params={"id": artifact.id}, json={"data": data}
+        )
+
+    async def _guarded(self, call: Coroutine[Any, Any, None]) -> bool:
+        try:
+            await call
+        except httpx.HTTPError as e:
+            self._say(f"{type(e).__name__}: {e}")
+            return False
+        return True
+
+    def _say(self, what: str) -> None:
+        if not self._said:
+            self._said = True
+            logger.warning(
+                "the artifacts of run %s may be out of date: %s", self._runtime.run, what
+            )
+
+    # ---- contents -------------------------------------------------------------------------
+
+    def _picture(self) -> str | None:
+        curves = self.curves()
+        if not any(len(c.train) > 1 or len(c.held_out) > 1 for c in curves):
+            return None
+        picture = base64.b64encode(draw(curves).encode()).decode()
+        lines = [f"![curves](data:image/svg+xml;base64,{picture})", ""]
+        for curve in curves:
+            for points, what in ((curve.held_out, "held-out prompts"), (curve.train, "training")):
+                if len(points) > 1:
+                    (v0, first), (v1, last) = points[0], points[-1]
+                    lines.append(
+                        f"- **{curve.name}** on {what}: {first:.3g} at version {v0},"
+                        f" {last:.3g} at version {v1}"
+                    )
+                    break
+        return "\n".join(
+            [
+                *lines,
+                "",
+                f"Everything of this run lies under `{self._runtime.store.url}/{self._runtime.run}`.",
+            ]
+        )
