@@ -140,7 +140,7 @@ def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
     row = rows[0]
     sample = {name: [value] for name, value in row.items()}
     FunctionReward("reward", function=function).forward_step(
-        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": torch.zeros(1)}
+        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": torch.zeros(1, dtype=torch.int64)}
     )
 
 

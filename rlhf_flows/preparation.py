@@ -18,21 +18,34 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 import prefect
+import psutil
 from prefect.context import FlowRunContext
 
+from rlhf_flows.artifacts import shown
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
 from rlhf_flows.data.rows import load_rows, rows_digest
-from rlhf_flows.errors import ConfigError, DataError, FencedError, UserError
+from rlhf_flows.errors import (
+    ConfigError,
+    DataError,
+    FencedError,
+    StoreError,
+    StoreUnavailableError,
+    UserError,
+)
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.graph import BATCH, Graph, phases, trace
 from rlhf_flows.modules.base import BaseModule, ModuleContext
+from rlhf_flows.pools.resources import check_fits
 from rlhf_flows.store import (
     ObjectStore,
+    RunRecord,
+    check_fence,
     check_run_name,
     end_attempt,
     open_run,
@@ -45,7 +58,7 @@ from rlhf_flows.tasks.runtime import DatasetInfo, Runtime, SyncPair
 
 if TYPE_CHECKING:
     from rlhf_flows.engine import Description
-    from rlhf_flows.pools import Cluster, Pool
+    from rlhf_flows.pools import Cluster, Pool, PoolSpec
 
 __all__ = ["Checked", "check", "new_run_name", "run_as_flow"]
 
@@ -54,11 +67,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Dataset:
-    """Rows of a dataset, and which module builds them."""
+    """Rows of a dataset, and which modules build them."""
 
     rows: Sequence[Any]
     info: DatasetInfo
-    owner: str
+    owners: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,15 +113,21 @@ def check(description: Description) -> Checked:
     _check_syncs(description.syncs, modules, trainer)
     if trainer is not None:
         _check_trainer(trainer, description.config)
+    if description.config.cluster.address is None:
+        _check_fits_here(description.config, modules)
     for module in modules.values():
         module.validate()
-    start = description.environment or description.trainer
-    first = environment or trainer
     dataset = eval_dataset = None
-    if start is not None and first is not None and trainer is not None:
-        dataset = _dataset(start.dataset, first, modules, is_eval=False)
+    if description.environment is not None and environment is not None and trainer is not None:
+        first = [n for n in environment.nodes if n.id in (rollout or scoring) and BATCH in n.inputs]
+        owners = (first[0].module,)  # the others take the rows from its shards
+        dataset = _dataset(description.environment.dataset, owners, modules, is_eval=False)
+    elif description.trainer is not None and trainer is not None:
+        owners = tuple(n.module for n in trainer.nodes)
+        dataset = _dataset(description.trainer.dataset, owners, modules, is_eval=False)
     if description.evaluator is not None and evaluator is not None:
-        eval_dataset = _dataset(description.evaluator.dataset, evaluator, modules, is_eval=True)
+        owners = (evaluator.nodes[0].module,)
+        eval_dataset = _dataset(description.evaluator.dataset, owners, modules, is_eval=True)
     return Checked(
         description=description,
         environment=environment,
@@ -148,6 +167,31 @@ def _check_names(config: EngineConfig, modules: Mapping[str, BaseModule]) -> Non
             f"models.{unknown[0]} is configured, but no flow calls a module of that name: the"
             f" engine's modules are {', '.join(sorted(modules))}"
         )
+
+
+def _wanted(
+    config: EngineConfig, modules: Mapping[str, BaseModule]
+) -> dict[str, list[tuple[str, float]]]:
+    """What each module reserves, by resource."""
+    wanted: dict[str, list[tuple[str, float]]] = {"CPU": [], "GPU": [], "memory": []}
+    for name in modules:
+        model = config.for_model(name)
+        ranks = model.num_replica * model.ranks_per_replica
+        wanted["CPU"].append((name, model.num_cpu * ranks))
+        wanted["GPU"].append((name, model.num_gpu * ranks))
+        wanted["memory"].append((name, model.memory_bytes * ranks))
+    return wanted
+
+
+def _check_fits_here(config: EngineConfig, modules: Mapping[str, BaseModule]) -> None:
+    """A local head offers this machine: what is more than that need not be started to be known."""
+    have = {
+        "CPU": float(config.cluster.num_cpus or default_threads()),
+        "memory": float(psutil.virtual_memory().total),
+    }
+    for resource, asks in _wanted(config, modules).items():
+        if resource in have:
+            check_fits(resource, asks, have=have[resource], where="this machine")
 
 
 def _check_syncs(
@@ -192,7 +236,7 @@ def _check_trainer(graph: Graph, config: EngineConfig) -> None:
 
 
 def _dataset(
-    source: Any, graph: Graph, modules: Mapping[str, BaseModule], *, is_eval: bool
+    source: Any, owners: tuple[str, ...], modules: Mapping[str, BaseModule], *, is_eval: bool
 ) -> Dataset:
     kind = "evaluator's" if is_eval else "engine's"
     if source is None:
@@ -200,10 +244,10 @@ def _dataset(
     rows = load_rows(source) if isinstance(source, str | Path) else list(source)
     if not rows:
         raise DataError(f"the {kind} dataset is empty: give it at least one row")
-    owner = next(n.module for n in graph.nodes if BATCH in n.inputs)
-    modules[owner].validate_rows(rows, is_eval=is_eval)
+    for owner in owners:
+        modules[owner].validate_rows(rows, is_eval=is_eval)
     info = DatasetInfo(num_rows=len(rows), digest=rows_digest(rows))
-    return Dataset(rows=rows, info=info, owner=owner)
+    return Dataset(rows=rows, info=info, owners=owners)
 
 
 # ---- the attempt ------------------------------------------------------------------------------
@@ -219,6 +263,8 @@ async def run_as_flow(description: Description) -> RunResult:
     run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
+    # A name that is taken, or a store that cannot be written, is known before anything starts.
+    await asyncio.to_thread(_open_run, checked, run)
     # The cluster starts while Prefect does.
     cluster = asyncio.create_task(_connect(checked))
 
@@ -227,7 +273,8 @@ async def run_as_flow(description: Description) -> RunResult:
         """The five phases, episode by episode."""
         await cluster
         flow_run = FlowRunContext.get()
-        assert flow_run is not None and flow_run.flow_run is not None
+        assert flow_run is not None
+        assert flow_run.flow_run is not None
         return await _run(checked, flow_run_id=str(flow_run.flow_run.id))
 
     try:
@@ -246,25 +293,16 @@ async def _connect(checked: Checked) -> Cluster:
     from rlhf_flows.pools import connect  # Ray: only where a cluster is about to be used
 
     cluster = await connect(checked.config.cluster)
-    config = checked.config
-    wanted: dict[str, list[tuple[str, float]]] = {"CPU": [], "GPU": [], "memory": []}
-    for name in checked.modules:
-        model = config.for_model(name)
-        ranks = model.num_replica * model.ranks_per_replica
-        wanted["CPU"].append((name, model.num_cpu * ranks))
-        wanted["GPU"].append((name, model.num_gpu * ranks))
-        wanted["memory"].append((name, model.memory_bytes * ranks))
-    cluster.check_fits(wanted)
+    for resource, asks in _wanted(checked.config, checked.modules).items():
+        have = cluster.resources.get(resource, 0.0)
+        check_fits(resource, asks, have=have, where=f"the cluster at {cluster.address}")
     return cluster
 
 
 async def _run(checked: Checked, *, flow_run_id: str) -> RunResult:
     config = checked.config
     run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
-    store = await asyncio.to_thread(_open_store, config)
-    record = await asyncio.to_thread(
-        open_run, store, run, config=_identity(checked), may_change=_may_change(checked)
-    )
+    store, record = await asyncio.to_thread(_open_run, checked, run)
     cluster = await _connect(checked)
     attempt = await asyncio.to_thread(
         take_attempt,
@@ -293,19 +331,23 @@ async def _run(checked: Checked, *, flow_run_id: str) -> RunResult:
             syncs=checked.syncs,
             dataset=None if checked.dataset is None else checked.dataset.info,
             eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
-            progress=checked.description.progress,
         )
 
     outcome = "failed"
     try:
         found = await runtime({})
-        if is_finished(found):
-            result = await run_episodes(found)
-        else:
-            async with _pools(checked, store, run, attempt.number, cluster) as pools:
-                # Looked at again, after the pools are claimed: what an older attempt had in
-                # flight is there now.
-                result = await run_episodes(await runtime(pools))
+        name, also = checked.description.name, checked.description.progress
+        async with shown(found, name=name, flow_run_id=flow_run_id, also=also) as progress:
+            if is_finished(found):
+                found.progress = progress
+                result = await run_episodes(found)
+            else:
+                async with _pools(checked, store, run, attempt.number, cluster) as pools:
+                    # Looked at again, after the pools are claimed: what an older attempt had in
+                    # flight is there now.
+                    working = await runtime(pools)
+                    working.progress = progress
+                    result = await run_episodes(working)
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
     except FencedError:
@@ -315,16 +357,21 @@ async def _run(checked: Checked, *, flow_run_id: str) -> RunResult:
         outcome = "cancelled"
         raise
     finally:
-        await asyncio.shield(
-            asyncio.to_thread(end_attempt, store, run, attempt.number, outcome)
-        )
+        await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))
 
 
-def _open_store(config: EngineConfig) -> ObjectStore:
-    store = open_store(config.store.url)
-    if not config.store.single_writer:
+def _open_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
+    """The store, probed, and the run in it: new, or one of the same configuration."""
+    try:
+        store = open_store(checked.config.store.url)
+    except StoreUnavailableError:
+        raise
+    except StoreError as e:
+        raise ConfigError(f"store.url cannot be used: {e}") from e
+    if not checked.config.store.single_writer:
         probe_put_if_absent(store)
-    return store
+    identity, may_change = _identity(checked), _may_change(checked)
+    return store, open_run(store, run, config=identity, may_change=may_change)
 
 
 def _identity(checked: Checked) -> dict[str, Any]:
@@ -369,7 +416,8 @@ async def _pools(
         for kind, dataset in (("train", checked.dataset), ("eval", checked.eval_dataset)):
             if dataset is not None:
                 rows = ray.put(list(dataset.rows))
-                await pools[dataset.owner].set_dataset(kind, dataset.info.digest, rows)
+                for owner in dataset.owners:
+                    await pools[owner].set_dataset(kind, dataset.info.digest, rows)
         keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
         yield pools
         done = True
@@ -385,7 +433,7 @@ async def _pools(
 
 
 def _pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name: str) -> Pool:
-    from rlhf_flows.pools import Pool, PoolSpec
+    from rlhf_flows.pools import Pool, PoolSpec  # Ray
 
     config, module = checked.config, checked.modules[name]
     model = config.for_model(name)
@@ -416,6 +464,7 @@ def _pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name: st
         attempt=attempt,
         setup_timeout_s=config.runtime.setup_timeout_s,
         max_restarts=config.runtime.max_replica_restarts,
+        check_fence=partial(check_fence, store, run, attempt),
     )
 
 

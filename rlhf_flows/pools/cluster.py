@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -23,7 +23,7 @@ import psutil
 import ray
 
 from rlhf_flows.config import ClusterConfig, default_threads
-from rlhf_flows.errors import PoolError, ResourcesError
+from rlhf_flows.errors import PoolError
 
 __all__ = ["Cluster", "connect"]
 
@@ -38,35 +38,6 @@ class Cluster:
     """Whether the head was started by this process and ends with it."""
     address: str
     resources: Mapping[str, float] = field(default_factory=dict)
-
-    def check_fits(self, wanted: Mapping[str, Sequence[tuple[str, float]]]) -> None:
-        """Refuses what the cluster can never hold.
-
-        Args:
-            wanted: For each resource (CPU, GPU, memory), (module, amount) of every module.
-
-        Raises:
-            ResourcesError: names the resource, who asks for it, and what there is.
-        """
-        for resource, asks in wanted.items():
-            total = sum(amount for _, amount in asks)
-            have = self.resources.get(resource, 0.0)
-            if total > have:
-                who = ", ".join(f"{name} {_amount(resource, n)}" for name, n in asks if n)
-                raise ResourcesError(
-                    f"the modules ask for {_amount(resource, total)} ({who}), the cluster at"
-                    f" {self.address} has {_amount(resource, have)}: lower"
-                    f" models.<name>.{_FIELDS[resource]} or num_replica, or add a node"
-                )
-
-
-_FIELDS = {"CPU": "num_cpu", "GPU": "num_gpu", "memory": "memory_bytes"}
-
-
-def _amount(resource: str, value: float) -> str:
-    if resource == "memory":
-        return f"{value / 2**30:.1f} GiB of memory"
-    return f"{value:g} {resource}s"
 
 
 async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:

@@ -1,0 +1,170 @@
+"""The command line: each wrong input ends with one paragraph and exit code 2, before Ray starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from rlhf_flows import cli
+from rlhf_flows.models.tiny import build_tiny_qwen2
+from rlhf_flows.pools import cluster
+
+REWARDS = '''
+import math
+
+def good(prompt, completion): return 1.0
+def raises(prompt, completion): raise KeyError("no such word")
+def nan(prompt, completion): return math.nan
+def text(prompt, completion): return "high"
+def short(prompts, completions): return [1.0] * (len(prompts) - 1)
+def needs_answer(prompt, completion, answer): return 1.0
+'''
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    return build_tiny_qwen2(folder, hidden_size=32, num_layers=1, max_position_embeddings=64)
+
+
+@pytest.fixture
+def place(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Path]:
+    """A folder as a user has it, and no way to start Ray."""
+    (tmp_path / "rewards_of_test.py").write_text(REWARDS)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
+    (tmp_path / "model").symlink_to(model)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("Ray was about to be started")
+
+    monkeypatch.setattr(cluster, "_init", refuse)
+    yield tmp_path
+    sys.modules.pop("rewards_of_test", None)
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit code of `rlhf-flows train grpo ...`, with sensible settings unless `words` say other."""
+    settings = {
+        "model": "model",
+        "prompts": "prompts.jsonl",
+        "reward": "rewards_of_test:good",
+        "generation.max_new_tokens": "8",
+    }
+    settings |= dict(word.split("=", 1) for word in words)
+    argv = ["rlhf-flows", "train", "grpo", *(f"{k}={v}" for k, v in settings.items())]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+WRONG = {
+    "no such folder": (["model=nowhere"], ["nowhere"]),
+    "no model in it": (["model=."], ["config.json"]),
+    "no such prompts": (["prompts=promts.jsonl"], ["promts.jsonl"]),
+    "reward of no form": (["reward=rewards_of_test"], ["package.module:function"]),
+    "reward module missing": (["reward=rewards_of_tst:good"], ["rewards_of_tst"]),
+    "reward function missing": (["reward=rewards_of_test:god"], ["god", "good"]),
+    "reward raises": (["reward=rewards_of_test:raises"], ["KeyError", "no such word", "1+1="]),
+    "reward is NaN": (["reward=rewards_of_test:nan"], ["nan", "1+1="]),
+    "reward is text": (["reward=rewards_of_test:text"], ["high"]),
+    "rewards too few": (["reward=rewards_of_test:short"], ["0", "1"]),
+    "reward wants a column": (["reward=rewards_of_test:needs_answer"], ["answer"]),
+    "group of one": (["runtime.num_inference_per_prompt=1"], ["at least 2"]),
+    "more tokens than it takes": (["generation.max_new_tokens=64"], ["64", "max_new_tokens"]),
+    "prompt too long": (["generation.max_new_tokens=61"], ["row 0", "tokens"]),
+    "store not writable": (["store.url=/proc/runs"], ["/proc/runs"]),
+    "store of no kind": (["store.url=ftp://x/y"], ["ftp"]),
+    "run name escapes": (["run_name=../../elsewhere"], ["../../elsewhere"]),
+    "too many CPUs": (["models.policy.num_cpu=512"], ["512", "policy"]),
+    "too much memory": (["models.trainer.memory_bytes=9000000000000"], ["memory", "trainer"]),
+    "unknown module": (["models.polcy.num_cpu=1"], ["polcy", "policy"]),
+    "unknown key": (["runtime.num_epsode=1"], ["runtime.num_episode"]),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_input_is_one_paragraph_and_exit_code_2(
+    case: str, place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words, says = WRONG[case]
+    assert run(monkeypatch, *words) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "Traceback" not in error
+    flat = " ".join(error.split())
+    for word in says:
+        assert word in flat, error
+    assert not list(place.glob("runs/*/attempts")), "an attempt was taken"
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ("", "no rows"),
+        ('{"prompt": "a"}\n{"prompt": \n', "line 2"),
+        ('{"prompt": "a"}\n[1]\n', "line 2"),
+        ('{"promt": "a"}\n', "prompt"),
+        ('{"prompt": 3}\n', "line 1"),
+    ],
+)
+def test_malformed_prompts_are_named_by_line(
+    lines: str, says: str, place: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    (place / "bad.jsonl").write_text(lines)
+    assert run(monkeypatch, "prompts=bad.jsonl") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "bad.jsonl" in error
+    assert says in error
+
+
+def test_an_unsupported_architecture_is_refused_with_those_that_are(
+    place: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = place / "bert"
+    other.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    config |= {"architectures": ["BertForMaskedLM"], "model_type": "bert"}
+    (other / "config.json").write_text(json.dumps(config))
+    assert run(monkeypatch, "model=bert") == 2
+    error = capsys.readouterr().err
+    assert "Bert" in error or "bert" in error
+    assert "qwen2" in error.lower()
+
+
+def test_a_run_name_of_another_configuration_is_refused_with_the_difference(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from rlhf_flows.config import load_config
+    from rlhf_flows.deployments import grpo
+    from rlhf_flows.preparation import _open_run, check
+
+    words = ["model=model", "prompts=prompts.jsonl", "reward=rewards_of_test:good",
+             "generation.max_new_tokens=8", "run_name=mine"]  # fmt: skip
+    engine = grpo.build(load_config(grpo.GRPOConfig, words))
+    _open_run(check(engine._describe()), "mine")
+    assert run(monkeypatch, "run_name=mine", "optimizer.learning_rate=0.5") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "optimizer.learning_rate" in error
+    assert "0.5" in error
+    assert "run_name" in error
+
+
+def test_an_unknown_recipe_lists_those_there_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["rlhf-flows", "train", "ppx"])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert caught.value.code == 2
+    assert "quickstart, sft, grpo" in capsys.readouterr().err
