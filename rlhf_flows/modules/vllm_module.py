@@ -119,6 +119,9 @@ class VLLMModule(BaseModule):
                 "kv_cache_memory_bytes": kv_cache_memory_bytes or max(wanted, 2 * whole),
                 "block_size": CPU_BLOCK_SIZE,
                 "enforce_eager": True,  # compiling takes 20 s and gains a tenth
+                # A prompt computed in parts sets back the generator of its request, which a CPU's
+                # cannot do (0.32): every request here has a seed.
+                "enable_chunked_prefill": False,
             }
         else:
             arguments["gpu_memory_utilization"] = gpu_memory_utilization
@@ -202,7 +205,7 @@ class VLLMModule(BaseModule):
 
         Raises:
             DataError: a prompt is empty, or leaves no room for `settings.max_new_tokens`.
-            SyncError: an earlier load of weights failed half-way.
+            SyncError: an earlier call failed inside the engine.
         """
         engine = self._engine()
         check_request(
@@ -223,8 +226,11 @@ class VLLMModule(BaseModule):
 
     def _run(self, engine: Any, sequences: Sequence[Sequence[int]], params: Any) -> list[Any]:
         prompts = [{"prompt_token_ids": list(ids)} for ids in sequences]
+        # An engine that raised has requests left in it, or is dead.
+        self._broken = "it failed while it sampled"
         with self._uncompiled():
             outputs: list[Any] = engine.generate(prompts, params, use_tqdm=False)
+        self._broken = None
         return outputs
 
     def _sampling_params(self, settings: GenerationSettings, seed: int) -> Any:

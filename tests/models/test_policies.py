@@ -322,6 +322,16 @@ def test_no_prompts_give_no_completions(policy: Any) -> None:
     assert out["response_ids"] == out["completion"] == []
 
 
+def test_more_prompt_tokens_than_one_pass_takes_change_nothing(policy: Any) -> None:
+    # 12 800 tokens of prompts without a common start, far beyond what an engine reads at once.
+    g = torch.Generator().manual_seed(1)
+    prompts = torch.randint(3, 250, (256, 50), generator=g).tolist()
+    together = sample(policy, SAMPLED, prompt_ids=prompts, seeds=list(range(256)))
+    few = sample(policy, SAMPLED, prompt_ids=prompts[:8], seeds=list(range(8)))
+    assert [c.ids for c in together[:8]] == [c.ids for c in few]
+    assert sample(policy, SAMPLED, prompt_ids=prompts, seeds=list(range(256))) == together
+
+
 @pytest.mark.parametrize("started", [s for s in SAMPLERS if s == "vllm"], indirect=True)
 def test_a_load_that_fails_half_way_ends_the_use_of_an_engine(
     policy: RemotePolicy, model: Any
