@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 import logging
 import re
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
@@ -25,11 +26,12 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 
 from rlhf_flows.curves import draw
+from rlhf_flows.flow import phases_of
 from rlhf_flows.run_board import RunBoard
 from rlhf_flows.store import read_json
 from rlhf_flows.tasks import Progress, Runtime
 
-__all__ = ["ArtifactProgress", "FanOut"]
+__all__ = ["ArtifactProgress", "FanOut", "shown"]
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +71,18 @@ class FanOut:
     def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None:
         for listener in self._listeners:
             listener.samples(episode, previews)
+
+
+@contextlib.asynccontextmanager
+async def shown(
+    runtime: Runtime, *, name: str, flow_run_id: str, also: Progress | None
+) -> AsyncIterator[Progress]:
+    """Who is told how far an attempt is: the artifacts of its flow run, and `also`."""
+    artifacts = ArtifactProgress(
+        runtime, name=name, phases=phases_of(runtime), flow_run_id=flow_run_id
+    )
+    async with artifacts:
+        yield artifacts if also is None else FanOut(artifacts, also)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -119,12 +133,8 @@ class ArtifactProgress(RunBoard):
         self._artifacts = [
             artifact("progress", "progress", "Progress", lambda: round(self.percent, 1)),
             artifact("curves", "markdown", "Curves", self._picture),
-            artifact(
-                "episodes", "table", "Episodes, the newest first,", self._table(self.episodes)
-            ),
-            artifact(
-                "samples", "table", "Samples, the newest first,", self._table(self.sample_rows)
-            ),
+            artifact("episodes", "table", "Episodes", _table(self.episodes)),
+            artifact("samples", "table", "Sample completions", _table(self.sample_rows)),
         ]
         self._said = False
         self._closing = asyncio.Event()
@@ -255,10 +265,8 @@ class ArtifactProgress(RunBoard):
                         f" {last:.3g} at version {v1}"
                     )
                     break
-        return "\n".join(
-            [
-                *lines,
-                "",
-                f"Everything of this run lies under `{self._runtime.store.url}/{self._runtime.run}`.",
-            ]
-        )
+        return "\n".join(lines)
+
+
+def _table(rows: Callable[[], Sequence[Mapping[str, Any]]]) -> Callable[[], str | None]:
+    return lambda: json.dumps(found) if (found := rows()) else None
