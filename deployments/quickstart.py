@@ -32,6 +32,8 @@ from rlhf_flows.tasks.runtime import Progress
 
 __all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
 
+REINFORCEMENT_STEPS = 60
+"""Horizon of GRPO's learning rate: of a run's identity, so it does not follow `num_episode`."""
 REWARD = "rlhf_flows.deployments.sort_digits:reward"
 
 
@@ -52,7 +54,7 @@ class QuickstartConfig(EngineConfig):
     runtime: QuickstartRuntime = Field(default_factory=QuickstartRuntime)
     warmup_steps: int = Field(default=200, ge=1, description="Optimizer steps of the warm-up.")
     warmup_batch_size: int = Field(default=128, ge=1, description="Demonstrations of one of them.")
-    warmup_learning_rate: float = Field(default=3e-3, gt=0, description="Its peak; cosine to zero.")
+    warmup_learning_rate: float = Field(default=2e-3, gt=0, description="Its peak; cosine to zero.")
     learning_rate: float = Field(default=3e-4, gt=0, description="Of GRPO.")
     num_eval_prompts: int = Field(default=512, ge=1, le=2048, description="Held-out prompts.")
     sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
@@ -76,8 +78,9 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
         optimizer=OptimizerSettings(
             learning_rate=config.warmup_learning_rate,
             schedule="cosine",
-            warmup_steps=min(20, max(0, steps - 1)),
+            warmup_steps=min(15, steps - 1),
             total_steps=steps,
+            beta2=0.98,
             weight_decay=0.01,
         ),
     )
@@ -94,10 +97,18 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
         prompts="prompts of sort_digits",
         reward=REWARD,
         generation=GenerationSettings(max_new_tokens=sort_digits.MAX_NEW_TOKENS),
-        grpo=GRPOSettings(),
-        optimizer=OptimizerSettings(learning_rate=config.learning_rate),
+        # One engine step after another on fresh samples: the sampler's own logprobs serve as the
+        # old ones, and save a pass.
+        grpo=GRPOSettings(old_logprobs="behaviour"),
+        optimizer=OptimizerSettings(
+            learning_rate=config.learning_rate,
+            schedule="linear",
+            total_steps=REINFORCEMENT_STEPS,
+            min_learning_rate=config.learning_rate / 10,
+        ),
+        micro_batch_tokens=8192,
         sampler=config.sampler,
-        max_model_len=64,
+        max_model_len=32,
     )
 
 

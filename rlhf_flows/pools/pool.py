@@ -185,6 +185,7 @@ class Pool:
             "MKL_NUM_THREADS": threads,
             "OMP_WAIT_POLICY": "passive",
             "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "PYTHONPATH": _import_path(),
         }
