@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf_flows.models import fused_layers
+from rlhf_flows.models.fused_layers import rms_norm, rotate
+
+
+def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return x.to(dtype).requires_grad_()
+
+
+def agree(got: Tensor, expected: Tensor, *inputs: Tensor, tolerance: float = 1e-5) -> None:
+    upstream = random(*got.shape, seed=9).detach()
+    torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)
+    found = torch.autograd.grad((got * upstream).sum(), inputs)
+    wanted = torch.autograd.grad((expected * upstream).sum(), inputs)
+    for a, b in zip(found, wanted, strict=True):
+        torch.testing.assert_close(a, b, atol=10 * tolerance, rtol=10 * tolerance)
+
+
+@pytest.fixture(params=[7, 2**18])
+def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused_layers, "_CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_norm_divides_by_the_root_of_the_mean_square(offset: float) -> None:
+    x, w = random(2, 5, 6, seed=0), random(6, seed=1)
+    expected = x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * (w + offset)
+    agree(rms_norm(x, w, eps=1e-6, offset=offset), expected, x, w)
+
+
+def test_a_norm_in_bfloat16_is_rounded_once() -> None:
+    x, w = random(40, 64, seed=0, dtype=torch.bfloat16), random(64, seed=1, dtype=torch.bfloat16)
+    f = x.float()
+    exact = f * (f.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt() * w.float()
+    assert torch.equal(rms_norm(x, w, eps=1e-6), exact.to(torch.bfloat16))
+
+
+def test_a_rotation_is_the_one_of_transformers() -> None:
+    from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
+
+    x = random(1, 5, 3, 8, seed=0)
+    angles = random(1, 5, 4, seed=1).detach().repeat(1, 1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
+    agree(rotate(x, cos, sin), expected.transpose(1, 2), x)
