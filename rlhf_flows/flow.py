@@ -170,7 +170,11 @@ class _Phases:
 
     async def _sync(self, version: int) -> None:
         staleness = self.runtime.config.runtime.max_staleness
-        readers = [("rollout", e) for e in range(self.first, min(version + staleness, self.last))]
+        readers = [
+            ("rollout", e)
+            for e in range(self.first, min(version + staleness, self.last))
+            if self.runtime.sampling_version(e) < version
+        ]
         evaluations = [("evaluation", v) for v in range(version)]
         await self._after(("training", version - 1))
         # Only now are all readers scheduled: the schedule runs a few episodes ahead of training.
