@@ -242,7 +242,7 @@ class Runtime:
             )
             self._sending[key] = asyncio.ensure_future(sending)
             self._sending[key].add_done_callback(lambda _: self._sending.pop(key, None))
-        source: WeightsSource = await asyncio.shield(self._sending[key])
+        source: WeightsSource | None = await asyncio.shield(self._sending[key])
         return source
 
     async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:

@@ -399,14 +399,13 @@ class Worker:
         finally:
             self._leave()
 
-    def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource:
-        """The weights of `version` as Ray objects; packed once, whoever asks."""
+    def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource | None:
+        """The weights of `version` as Ray objects, packed once, whoever asks; None where they are
+        gone: training of the next episode may have begun while this call waited.
+        """
         self._enter(attempt)
         if version != self._version or not self._clean:
-            raise PoolError(
-                f"{self._module.name!r} is asked for the weights of version {version}, it holds"
-                f" version {self._version}{'' if self._clean else ' and something newer'}"
-            )
+            return None
         if self._sent is None or self._sent.version != version:
             self._sent = self._transport.send(
                 self._module.named_weights(), version=version, bucket_bytes=bucket_bytes
