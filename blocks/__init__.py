@@ -1,1 +1,11 @@
-"""."""
+"""Prefect blocks: what a team configures once and every deployment of it uses.
+
+Prefect loads this package through the `prefect.collections` entry point whenever it starts, so it
+imports neither torch nor Ray. Neither block logs a secret, nor puts one into a configuration: they
+go into the environment of the process that asks for it.
+"""
+
+from rlhf_flows.blocks.episode_store import EpisodeStore
+from rlhf_flows.blocks.ray_cluster import RayCluster
+
+__all__ = ["EpisodeStore", "RayCluster"]
