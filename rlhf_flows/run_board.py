@@ -154,10 +154,7 @@ class RunBoard:
             {
                 "episode": episode,
                 **{_METRICS.get(m, m): _short(self._episodes[episode].get(m)) for m in metrics},
-                **{
-                    f"{p.replace('_', ' ')} s": _short(self._seconds.get(episode, {}).get(p), 2)
-                    for p in seconds
-                },
+                **{f"{p.replace('_', ' ')} s": self._seconds_of(episode, p) for p in seconds},
             }
             for episode in shown
         ]
@@ -208,13 +205,21 @@ class RunBoard:
             for n in measured
             if n not in _METRICS and n.rpartition("/")[2] not in _NO_COLUMN | _METRICS.keys()
         ]
-        # What evaluations measure, too, is a part of the reward rather than a column of the data.
-        extra.sort(key=lambda n: not self._is_evaluated(n))
+        # Parts of a reward rather than numbers of the data: what evaluations measure, too, and
+        # what is a share.
+        extra.sort(key=lambda n: (not self._is_evaluated(n), not self._is_share(n)))
         first, *rest = _METRICS
         return [first, *extra[:_MAX_EXTRA], *rest]
 
+    def _seconds_of(self, episode: int, phase: str) -> float | None:
+        seconds = self._seconds.get(episode, {}).get(phase)
+        return None if seconds is None else round(seconds, 2)
+
     def _has(self, name: str) -> bool:
         return self._is_evaluated(name) or any(name in m for m in self._episodes.values())
+
+    def _is_share(self, name: str) -> bool:
+        return all(0.0 <= m.get(name, 0.0) <= 1.0 for m in self._episodes.values())
 
     def _is_evaluated(self, name: str) -> bool:
         return any(name in m for m in self._evaluations.values())
@@ -223,19 +228,19 @@ class RunBoard:
 def _one_a_prompt(previews: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Samples of different prompts first."""
     seen: set[Any] = set()
-    first, others = [], []
+    first: list[Mapping[str, Any]] = []
+    others: list[Mapping[str, Any]] = []
     for preview in previews:
         (others if preview.get("prompt") in seen else first).append(preview)
         seen.add(preview.get("prompt"))
     return [*first, *others][:_SAMPLES_PER_EPISODE]
 
 
-def _short(value: float | None, digits: int = 4) -> float | int | None:
-    """A number short enough to read: so many digits behind the point, or significant if small."""
+def _short(value: float | None) -> float | None:
+    """A number short enough to read: four digits behind the point, or three that say something."""
     if value is None or not math.isfinite(value):
         return None
-    short = round(value, digits)
-    return float(f"{value:.{max(2, digits - 1)}g}") if abs(short) < 10 ** (2 - digits) else short
+    return float(f"{value:.3g}") if abs(value) < 0.01 else round(value, 4)
 
 
 def _text(value: Any) -> str:
