@@ -82,7 +82,8 @@ def _finished(
 def evaluation_digest(runtime: Runtime) -> str:
     """Names an evaluation by what it computes: its prompts, its calls, its seed."""
     graph, dataset = runtime.evaluator, runtime.eval_dataset
-    assert graph is not None and dataset is not None
+    assert graph is not None
+    assert dataset is not None
     settings = runtime.config.runtime
     what = {
         "dataset": dataset.digest,

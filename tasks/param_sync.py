@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import task
@@ -60,36 +61,33 @@ async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -
 
 
 async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
-    """The mean distance of logprobs between trainer and samplers, if the trainer is at rest."""
-    (trainer,) = runtime.pools[pair.source].replicas
-    if trainer.working_on or not trainer.state.clean or trainer.version != version:
+    """The mean distance of logprobs between what the trainer committed and the samplers."""
+    if version == 0:
+        return None  # both are as their `setup` left them
+    probe = (await runtime.checkpoint_of(pair.source, version)).probe
+    if probe is None:
         return None
-    sequences, dtype = await runtime.pools[pair.source].on_replica(
-        trainer, "probe_sequences", what="choosing probe sequences", timeout_s=_PROBE_TIMEOUT_S
-    )
-    if not sequences:
-        return None
-    what = f"probing the weights of version {version}"
     pool = runtime.pools[pair.target]
-    args = ("probe", runtime.attempt, sequences)
-    expected, *found = await asyncio.gather(
-        runtime.pools[pair.source].on_replica(
-            trainer, *args, what=what, timeout_s=_PROBE_TIMEOUT_S
-        ),
-        *(pool.on_replica(r, *args, what=what, timeout_s=_PROBE_TIMEOUT_S) for r in pool.replicas),
+    found = await pool.broadcast(
+        "probe",
+        runtime.attempt,
+        probe.sequences,
+        what=f"probing the weights of version {version}",
+        timeout_s=_PROBE_TIMEOUT_S,
     )
-    gap = max(_distance(expected, logprobs) for logprobs in found)
-    tolerance = _TOLERANCE.get(dtype, _TOLERANCE["bfloat16"])
+    gap = max(_distance(probe.logprobs, logprobs) for logprobs in found)
+    tolerance = _TOLERANCE.get(probe.dtype, _TOLERANCE["bfloat16"])
     if gap > tolerance:
         raise SyncError(
             f"after the sync to version {version}, {pair.target!r} gives logprobs that are"
-            f" {gap:.4f} off those of {pair.source!r} on average (allowed {tolerance} in {dtype}):"
-            " the two do not hold the same model; check that both start from the same folder"
+            f" {gap:.4f} off those of {pair.source!r} on average (allowed {tolerance} in"
+            f" {probe.dtype}): the two do not hold the same model; check that both start from the"
+            " same folder"
         )
     return gap
 
 
-def _distance(expected: list[list[float]], found: list[list[float]]) -> float:
+def _distance(expected: Sequence[Sequence[float]], found: Sequence[Sequence[float]]) -> float:
     pairs = [
         (a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)
     ]

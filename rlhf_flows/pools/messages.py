@@ -19,6 +19,7 @@ __all__ = [
     "ForwardCall",
     "NodeReport",
     "PoolSpec",
+    "Probe",
     "Source",
     "StoredShard",
     "TrainCall",
@@ -169,6 +170,32 @@ class TrainCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Probe:
+    """What a trained module said to some token sequences: whoever takes its weights must agree."""
+
+    sequences: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+    """Of each token after the first, at temperature 1."""
+    dtype: str
+    """Of the weights."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "sequences": [list(s) for s in self.sequences],
+            "logprobs": [list(p) for p in self.logprobs],
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Probe:
+        return cls(
+            sequences=tuple(tuple(s) for s in data["sequences"]),
+            logprobs=tuple(tuple(p) for p in data["logprobs"]),
+            dtype=data["dtype"],
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointRecord:
     """One module's part of a commit."""
 
@@ -177,6 +204,7 @@ class CheckpointRecord:
     """Of the weights: names, dtypes, shapes and bytes."""
     weights: FolderRecord | None
     state: FolderRecord | None
+    probe: Probe | None
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
@@ -185,17 +213,19 @@ class CheckpointRecord:
             "digest": self.digest,
             "weights": None if self.weights is None else self.weights.to_json(),
             "state": None if self.state is None else self.state.to_json(),
+            "probe": None if self.probe is None else self.probe.to_json(),
             "seconds": round(self.seconds, 4),
         }
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> CheckpointRecord:
-        weights, state = data["weights"], data["state"]
+        weights, state, probe = data["weights"], data["state"], data["probe"]
         return cls(
             module=data["module"],
             digest=data["digest"],
             weights=None if weights is None else FolderRecord.from_json(weights),
             state=None if state is None else FolderRecord.from_json(state),
+            probe=None if probe is None else Probe.from_json(probe),
             seconds=data["seconds"],
         )
 

@@ -45,6 +45,7 @@ from rlhf_flows.pools.messages import (
     ForwardCall,
     NodeReport,
     PoolSpec,
+    Probe,
     Source,
     TrainCall,
     TrainRows,
@@ -369,6 +370,7 @@ class Worker:
             digest=digest,
             weights=weights,
             state=state,
+            probe=self._take_probe(),
             seconds=time.perf_counter() - started,
         )
 
@@ -400,8 +402,9 @@ class Worker:
             self._leave()
 
     def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource | None:
-        """The weights of `version` as Ray objects, packed once, whoever asks; None where they are
-        gone: training of the next episode may have begun while this call waited.
+        """The weights of `version` as Ray objects; packed once, whoever asks.
+
+        None where training has moved on already; the store has them, too.
         """
         self._enter(attempt)
         if version != self._version or not self._clean:
@@ -436,20 +439,19 @@ class Worker:
         self._enter(attempt)
         return self._module.probe_logprobs(sequences)
 
-    def probe_sequences(self) -> tuple[list[list[int]], str]:
-        """Token sequences for a probe, the same for every version, and the dtype of the weights.
-
-        Empty for a module that says no vocabulary size.
-        """
+    def _take_probe(self) -> Probe | None:
+        """What this model says to token sequences that are the same for every version."""
         size = self._module.vocabulary_size()
         if not size:
-            return [], ""
+            return None
         draws = random.Random(0)
-        sequences = [
-            [draws.randrange(size) for _ in range(_PROBE_TOKENS)] for _ in range(_PROBE_SEQUENCES)
-        ]
+        sequences = tuple(
+            tuple(draws.randrange(size) for _ in range(_PROBE_TOKENS))
+            for _ in range(_PROBE_SEQUENCES)
+        )
         _, first = next(iter(self._module.named_weights()))
-        return sequences, dtype_name(first.dtype)
+        logprobs = tuple(tuple(row) for row in self._module.probe_logprobs(sequences))
+        return Probe(sequences=sequences, logprobs=logprobs, dtype=dtype_name(first.dtype))
 
     def weights_digest(self, attempt: int) -> str:
         self._enter(attempt)
