@@ -176,7 +176,8 @@ def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
     return {name: seconds for part in parts for name, seconds in part.items()}
 
 
-@flow(name="quickstart", persist_result=False)
+# Its deployment is `grpo/quickstart`: the flow that the quickstart is an example of.
+@flow(name="grpo", persist_result=False)
 async def quickstart(config: QuickstartConfig | None = None) -> None:
     """A small model learns to sort digits: warm-up, then GRPO."""
     context = FlowRunContext.get()
