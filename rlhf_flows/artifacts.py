@@ -24,6 +24,7 @@ import httpx
 from prefect.client.orchestration import PrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.logging import get_run_logger
 
 from rlhf_flows.curves import draw
 from rlhf_flows.flow import phases_of
@@ -42,6 +43,9 @@ _SHARE = 0.005
 _STORED_EPISODES = 200
 """Of a resumed run, that are read for the table."""
 _LAST_UPDATE_S = 10.0
+
+_LOGGED = ("reward", "loss", "kl", "grad_norm", "logprob_gap")
+"""Of an episode, in its line among the logs."""
 
 
 class FanOut:
@@ -136,6 +140,7 @@ class ArtifactProgress(RunBoard):
             artifact("episodes", "table", "Episodes", _table(self.episodes)),
             artifact("samples", "table", "Sample completions", _table(self.sample_rows)),
         ]
+        self._log = get_run_logger()
         self._said = False
         self._closing = asyncio.Event()
         self._publisher: asyncio.Task[None] | None = None
@@ -163,6 +168,23 @@ class ArtifactProgress(RunBoard):
             logger.error(
                 "the artifacts of run %s are incomplete", self._runtime.run, exc_info=failure
             )
+
+    def finished(
+        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
+    ) -> None:
+        """Besides, one line an episode and an evaluation among the logs of the flow run."""
+        super().finished(phase, number, seconds, metrics)
+        if phase == "training":
+            names = [m for m in _LOGGED if m in metrics]
+            self._say_metrics(f"episode {number}", seconds, names, metrics)
+        elif phase == "evaluation":
+            self._say_metrics(f"evaluation of version {number}", seconds, list(metrics), metrics)
+
+    def _say_metrics(
+        self, what: str, seconds: float, names: Sequence[str], metrics: Mapping[str, float]
+    ) -> None:
+        shown = ", ".join(f"{name} {metrics[name]:.4g}" for name in names)
+        self._log.info("%s: %s (%.1f s)", what, shown, seconds)
 
     # ---- in the background ----------------------------------------------------------------
 
