@@ -50,7 +50,7 @@ class CausalLMModule(TorchModule):
             layout: "auto" shares prompts wherever it is exact; "padded" never does.
         """
         super().__init__(name)
-        self.path = Path(path)
+        self.path = Path(path).expanduser().absolute()
         self.dtype: DType = dtype
         self.micro_batch_tokens = micro_batch_tokens
         self.gradient_checkpointing = gradient_checkpointing

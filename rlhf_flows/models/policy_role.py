@@ -56,7 +56,7 @@ class GeneratingPolicy(BaseModule):
                 those that are lists of messages do.
         """
         super().__init__(name)
-        self.path = Path(path)
+        self.path = Path(path).expanduser().absolute()
         self.generation = generation or GenerationSettings()
         self.eval_generation = eval_generation or self.generation
         self.dtype = dtype
