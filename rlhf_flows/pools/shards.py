@@ -121,8 +121,10 @@ def previews_of(batch: Batch) -> tuple[dict[str, Any], ...]:
     """A few samples of a scored shard, shortened for a table."""
     if "completion" not in batch or "reward" not in batch:
         return ()
+    rows = batch_size(batch)
     previews = []
-    for row in range(min(_PREVIEWS, batch_size(batch))):
+    # Rows far apart: those next to each other are siblings.
+    for row in sorted({i * rows // _PREVIEWS for i in range(_PREVIEWS)} if rows else ()):
         preview: dict[str, Any] = {}
         for name in _PREVIEW_COLUMNS:
             if name in batch:
