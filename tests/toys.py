@@ -119,4 +119,4 @@ class ToyTrainer(TorchModule):
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
-        return {"loss": float(loss)}
+        return {"loss": float(loss.detach())}

@@ -7,6 +7,7 @@ can be tested without Ray; `Pool` makes actors of it.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -17,7 +18,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -225,19 +226,21 @@ class Worker:
             rows=rows,
             seconds=time.perf_counter() - started,
         )
-        if call.commit is not None and self._rank == 0:
-            stored = [batches[i] for i in call.merged]
-            base = None if call.base is None else batches[call.base]
-            result, report = self._shards.commit(
-                call, report, source=source, base=base, merged=stored, output=result
-            )
+        if self._rank:
+            return None, None, report  # rank 0 speaks for the replica
+        with _naming_columns(call, self._module.name):
+            if call.commit is not None:
+                stored = [batches[i] for i in call.merged]
+                base = None if call.base is None else batches[call.base]
+                result, report = self._shards.commit(
+                    call, report, source=source, base=base, merged=stored, output=result
+                )
+            tables = to_arrow(result), None if source is None else to_arrow(source)
         seconds = time.perf_counter() - started
         report = _replace(
             report, seconds=seconds, metrics=metrics_of(result), previews=previews_of(result)
         )
-        if self._rank:
-            return None, None, report  # rank 0 speaks for the replica
-        return to_arrow(result), None if source is None else to_arrow(source), report
+        return *tables, report
 
     def _source(self, source: Source) -> Batch:
         """Dataset rows as the plan orders them; an item is fetched once for all its siblings."""
@@ -506,6 +509,18 @@ class _naming:
             return
         cause = f"{type(error).__name__}: {error}"
         raise ShardError(f"{self._where}{self._samples}: {cause}") from error
+
+
+@contextlib.contextmanager
+def _naming_columns(call: ForwardCall, module: str) -> Iterator[None]:
+    """Names the call whose columns cannot be kept."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(
+            f"{module}.{call.method} failed on {call.phase} of episode {call.episode}, shard"
+            f" {call.shard}: {e}"
+        ) from e
 
 
 def _checked(output: Any, data: Batch) -> Batch:

@@ -1,0 +1,394 @@
+"""Pools on a real Ray head: found again, rebuilt, repaired, released; and weights on their way."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import psutil
+import pytest
+import torch
+from torch import nn
+
+from rlhf_flows.errors import (
+    FencedError,
+    PoolError,
+    ReplicaDiedError,
+    ShardError,
+    SyncError,
+    WaitTimeoutError,
+)
+from rlhf_flows.modules import BaseModule, TorchModule
+from rlhf_flows.pools import Pool
+from rlhf_flows.pools.pool import namespace_of
+from rlhf_flows.pools.transport import ObjectStoreTransport
+from rlhf_flows.store import open_store, take_attempt
+from tests.pools.specs import ROWS, rollout_call, spec_of, train_call
+from tests.toys import ToyPolicy
+
+pytestmark = pytest.mark.usefixtures("ray_head")
+
+MakePool = Callable[..., Pool]
+
+
+class Plain(BaseModule):
+    """Says who it is, sleeps, or raises, as asked."""
+
+    default_threads = 1
+
+    def setup(self) -> None:
+        pass
+
+    def forward_step(self, data: Any, iteration: int = 0) -> Any:
+        return {}
+
+
+@pytest.fixture
+async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
+    """Pools of one run of this test; all are released at its end."""
+    pools: list[Pool] = []
+    run = f"run-{uuid4().hex[:8]}"
+
+    def make(module: BaseModule, *, attempt: int = 1, max_restarts: int = 3, **spec: Any) -> Pool:
+        pool = Pool(
+            spec=spec_of(module, tmp_path, **{"run": run, **spec}),
+            attempt=attempt,
+            setup_timeout_s=60.0,
+            max_restarts=max_restarts,
+        )
+        pools.append(pool)
+        return pool
+
+    yield make
+    for pool in pools:
+        pool.release()
+
+
+def pids(pool: Pool) -> list[int]:
+    return [r.state.pid for r in pool.replicas]
+
+
+def actors_of(pool: Pool) -> list[str]:
+    import ray
+
+    return sorted(
+        a["name"]
+        for a in ray.util.list_named_actors(all_namespaces=True)
+        if a["namespace"] == namespace_of(pool.spec.run)
+    )
+
+
+async def gone(pid: int) -> None:
+    for _ in range(100):
+        if not psutil.pid_exists(pid):
+            return
+        await asyncio.sleep(0.05)
+    raise AssertionError(f"process {pid} lives")
+
+
+# ---- found again, or not ----------------------------------------------------------------------
+
+
+async def test_a_second_pool_object_finds_the_same_processes(make_pool: MakePool) -> None:
+    first = make_pool(Plain("plain"), num_replica=2)
+    await first.open()
+    second = make_pool(Plain("plain"), num_replica=2, attempt=2)
+    await second.open()
+    assert pids(second) == pids(first)
+    assert (first.reattached, second.reattached) == (0, 2)
+
+    # The older one is fenced by now, and its failure ends nothing.
+    with pytest.raises(FencedError, match="attempt 1 .* was taken over by attempt 2"):
+        await make_pool(Plain("plain"), num_replica=2, attempt=1).open()
+    with pytest.raises(FencedError):
+        await first.call("attach", 1, what="a zombie's call", timeout_s=20)
+    assert (await second.refresh(second.replicas[0])).pid == pids(second)[0]
+
+    # A replica too many is ended; another making is built anew.
+    fewer = make_pool(Plain("plain"), num_replica=1, attempt=3)
+    await fewer.open()
+    assert pids(fewer) == pids(first)[:1]
+    await gone(pids(first)[1])
+    assert actors_of(fewer) == ["plain/0/0"]
+    other = make_pool(Plain("plain"), num_replica=1, attempt=4, digest="another making")
+    await other.open()
+    assert other.reattached == 0
+    assert pids(other) != pids(fewer)
+
+    other.release()
+    await gone(pids(fewer)[0])
+    assert actors_of(other) == []
+
+
+async def test_a_zombie_starts_no_process_where_a_newer_attempt_rules(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    from rlhf_flows.store import check_fence
+
+    pool = make_pool(Plain("plain"))
+    store = open_store(tmp_path)
+    for _ in range(2):
+        take_attempt(store, pool.spec.run, flow_run_id=None, changed={})
+    pool.check_fence = lambda: check_fence(store, pool.spec.run, 1)
+    with pytest.raises(FencedError, match="replaced by attempt 2"):
+        await pool.open()
+    assert actors_of(pool) == []
+
+
+class FailsToStart(Plain):
+    def setup(self) -> None:
+        raise OSError("no such model")
+
+
+class DiesAtStart(Plain):
+    def setup(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def test_a_pool_that_does_not_come_up_says_why_and_leaves_nothing(
+    make_pool: MakePool,
+) -> None:
+    failing = make_pool(FailsToStart("plain"))
+    with pytest.raises(OSError, match="no such model"):
+        await failing.open()
+    dying = make_pool(DiesAtStart("dying"))
+    with pytest.raises(PoolError, match="the process of replica 0 died while it loaded its model"):
+        await dying.open()
+    for _ in range(50):
+        if not actors_of(dying):
+            break
+        await asyncio.sleep(0.1)
+    assert actors_of(dying) == []
+
+
+# ---- repaired ---------------------------------------------------------------------------------
+
+
+class Killable(ToyPolicy):
+    """Dies in the first call after `kill` was written, before it has done anything."""
+
+    def __init__(self, name: str, kill: Path) -> None:
+        super().__init__(name)
+        self.kill = kill
+
+    def forward_step(self, data: Any, iteration: int = 0) -> Any:
+        if self.kill.exists():
+            self.kill.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().forward_step(data, iteration)
+
+
+async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    import ray
+
+    pool = make_pool(Killable("policy", tmp_path / "kill"), max_restarts=1)
+    brought: list[tuple[int, int]] = []
+
+    async def bring_to(_: Pool, replica: Any, version: int) -> None:
+        transport = ObjectStoreTransport()
+        weights = {"preferences": torch.arange(10.0) * version}
+        source = transport.send(weights.items(), version=version, bucket_bytes=1 << 20)
+        await pool.on_replica(
+            replica, "receive_weights", 1, source, 10.0, what="weights", timeout_s=20
+        )
+        brought.append((replica.state.pid, version))
+        await pool.refresh(replica)
+
+    pool.bring_to = bring_to
+    await pool.open()
+    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    (tmp_path / "kill").touch()
+
+    async def shard(index: int) -> Any:
+        call = rollout_call(0, index, version=3)
+        call = replace(call, commit=None)
+        what = f"shard {index} of rollout"
+        answer = await pool.call(
+            "forward", call, what=what, timeout_s=30, version=3, num_returns=3
+        )
+        return answer[2]
+
+    with pytest.raises(ReplicaDiedError, match=r"replica 0 of pool 'policy' died during shard 0 o"):
+        await shard(0)
+    report = await shard(0)
+    assert report.rows == 8
+    old, new = brought
+    assert (old[1], new[1]) == (3, 3)
+    assert old[0] != new[0]
+    assert (await pool.refresh(pool.replicas[0])).version == 3
+    weights = await pool.call("weights_digest", 1, what="digest", timeout_s=20)
+    assert weights == await pool.call("weights_digest", 1, what="digest", timeout_s=20)
+
+    # One more death than a phase may have; a new phase has its own.
+    os.kill(pids(pool)[0], signal.SIGKILL)
+    with pytest.raises(ReplicaDiedError):
+        await shard(1)
+    with pytest.raises(PoolError, match=r"died 2 times within one phase, more than runtime.max_re"):
+        await shard(1)
+    pool.begin_phase()
+    assert (await shard(1)).rows == 8
+
+
+class Slow(Plain):
+    def forward_step(self, data: Any, iteration: int = 0) -> Any:
+        time.sleep(60)
+        return {}
+
+    def build_dataset(self, prompts: Any, is_eval: bool = False) -> Any:
+        from tests.toys import Rows
+
+        return Rows(prompts)
+
+
+async def test_waits_end_and_name_what_they_waited_for(make_pool: MakePool) -> None:
+    import ray
+
+    pool = make_pool(Slow("slow"))
+    await pool.open()
+    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    call = replace(rollout_call(0, 0), version=None, commit=None)
+    pid = pids(pool)[0]
+    working = asyncio.create_task(
+        pool.call("forward", call, what="shard 0 of rollout", timeout_s=2, num_returns=3)
+    )
+    await asyncio.sleep(0.2)
+    with pytest.raises(WaitTimeoutError) as waited:
+        await pool.call("state", what="shard 1 of rollout", timeout_s=0.5)
+    assert "shard 1 of rollout waited 0.5 s for a free replica of pool 'slow'" in str(waited.value)
+    assert "replica 0 works on shard 0 of rollout since" in str(waited.value)
+    with pytest.raises(WaitTimeoutError, match=r"waited 2 s for shard 0 of rollout on replica 0 of"):
+        await working
+    # What it did is unknown: only a new process is known to be idle.
+    await gone(pid)
+    state = await pool.call("state", what="a look", timeout_s=60)
+    assert state.pid != pid
+
+
+async def test_what_user_code_raises_reaches_the_caller_as_it_is(make_pool: MakePool) -> None:
+    class Raises(Slow):
+        def forward_step(self, data: Any, iteration: int = 0) -> Any:
+            raise TimeoutError("the judge did not answer")
+
+    import ray
+
+    pool = make_pool(Raises("raises"))
+    await pool.open()
+    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    call = replace(rollout_call(0, 0), version=None, commit=None)
+    with pytest.raises(ShardError, match="TimeoutError: the judge did not answer"):
+        await pool.call("forward", call, what="shard 0", timeout_s=20, num_returns=3)
+    assert pool.replicas[0].alive
+
+
+async def test_a_pool_without_heartbeat_releases_itself(make_pool: MakePool) -> None:
+    pool = make_pool(Plain("plain"), lease_s=1.0)
+    await pool.open()
+    for _ in range(8):  # kept by heartbeats
+        await pool.heartbeat()
+        await asyncio.sleep(0.25)
+    assert psutil.pid_exists(pids(pool)[0])
+    await gone(pids(pool)[0])
+
+
+# ---- groups of ranks --------------------------------------------------------------------------
+
+
+class TwoRanks(TorchModule):
+    """Data-parallel: each rank takes its half of the batch, gradients are summed."""
+
+    default_threads = 1
+
+    def setup(self) -> None:
+        self.model = nn.Linear(1, 1, bias=False)
+        nn.init.zeros_(self.model.weight)
+        self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1.0)
+
+    def train_step(self, data: Any, iteration: int) -> Any:
+        x = data[0]["x"][self.rank :: self.world_size]  # [B / ranks]
+        self.optimizer.zero_grad()
+        loss = (self.model(x[:, None]) * x[:, None]).sum() / 8
+        loss.backward()
+        (total,) = self.sum_gradients(loss.detach()[None]).tolist()
+        self.optimizer.step()
+        return {"loss": total, "weight": float(self.model.weight.detach())}
+
+
+async def test_ranks_of_a_replica_work_as_one_and_die_as_one(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    import ray
+
+    from rlhf_flows.data import to_arrow
+
+    pool = make_pool(TwoRanks("trainer"), ranks_per_replica=2)
+    await pool.open()
+    assert actors_of(pool) == ["trainer/0/0", "trainer/0/1"]
+    x = torch.arange(8.0)
+    table = ray.put(to_arrow({"x": x}))
+    call = train_call(0, 0, num_updates=1)
+    metrics = await pool.call("train", call, table, what="a step", timeout_s=30)
+    assert metrics["weight"] == pytest.approx(-float((x * x).sum() / 8))
+    record = await pool.call("checkpoint", 1, 1, True, what="a checkpoint", timeout_s=30)
+    folders = [f for f in tmp_path.rglob("version=000001/*") if f.is_dir()]
+    assert sorted(str(f.relative_to(tmp_path)) for f in folders) == sorted(
+        [record.weights.prefix, record.state.prefix]
+    )
+
+    (replica,) = pool.replicas
+    second = await replica.ranks[1].state.remote()
+    os.kill(second.pid, signal.SIGKILL)
+    with pytest.raises(ReplicaDiedError):
+        await pool.call("restore", 1, record, 1, what="a restore", timeout_s=30)
+    await pool.call("restore", 1, record, 1, what="a restore", timeout_s=30)
+    digests = [await rank.weights_digest.remote(1) for rank in pool.replicas[0].ranks]
+    assert digests == [record.digest] * 2
+
+
+# ---- weights on their way ---------------------------------------------------------------------
+
+
+def weights_of_all_kinds() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return {
+        "embed": torch.randn(33, 7, generator=generator),
+        "half": torch.randn(129, generator=generator).bfloat16(),
+        "scalar": torch.tensor(3.5),
+        "empty": torch.empty(0, 4),
+        "mask": torch.tensor([True, False, True]),
+        "steps": torch.arange(5),
+        "slice": torch.randn(8, 8, generator=generator)[:, ::2],
+        "eight": torch.randn(3, generator=generator).half(),
+    }
+
+
+@pytest.mark.parametrize("bucket_bytes", [1, 300, 1 << 20])
+def test_weights_arrive_as_they_were_sent_in_any_number_of_buckets(bucket_bytes: int) -> None:
+    weights = weights_of_all_kinds()
+    transport = ObjectStoreTransport()
+    source = transport.send(weights.items(), version=2, bucket_bytes=bucket_bytes)
+    arrived = dict(transport.receive(source, timeout_s=10))
+    assert list(arrived) == list(weights)
+    for name, tensor in weights.items():
+        assert arrived[name].dtype == tensor.dtype
+        assert torch.equal(arrived[name], tensor), name
+    assert (len(source.buckets) == 1) == (bucket_bytes > 10_000)
+
+
+def test_weights_that_are_not_what_was_sent_are_refused_before_the_first_is_given() -> None:
+    transport = ObjectStoreTransport()
+    weights = weights_of_all_kinds()
+    source = transport.send(weights.items(), version=2, bucket_bytes=300)
+    weights["half"][0] += 1
+    other = transport.send(weights.items(), version=2, bucket_bytes=300)
+    mixed = replace(source, refs=other.refs)
+    with pytest.raises(SyncError, match=r"arrived with digest .*, sent was .*: nothing was loaded"):
+        next(iter(transport.receive(mixed, timeout_s=10)))
