@@ -1,0 +1,171 @@
+"""The deployments of prefect.yaml on a real server with a real worker: run, kill, retry, look.
+
+One run tells it all, because starting a worker and a flow process costs most of the time.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+import pytest
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.objects import FlowRun
+from prefect.states import AwaitingRetry
+
+ROOT = Path(__file__).parents[2]
+POOL = "rlhf-flows"
+SETTINGS: dict[str, Any] = {
+    "runtime": {
+        "num_episode": 4,
+        "sample_per_episode": 64,
+        "train_global_batch_size": 64,
+        "eval_episode_interval": 2,
+    },
+    "warmup_steps": 4,
+    "warmup_batch_size": 32,
+    "num_eval_prompts": 8,
+    "sampler": "transformers",
+}
+T = TypeVar("T")
+
+
+def prefect(*args: str, **env: str) -> str:
+    """Runs Prefect's command line in the repository; what it printed."""
+    done = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *args],
+        cwd=ROOT,
+        env={**os.environ, **env},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def wait_for(what: str, ask: Callable[[], T | None], *, timeout_s: float = 120) -> T:
+    """The first answer that is something."""
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if (answer := ask()) is not None:
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
+
+
+@pytest.fixture
+def client(services: str) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture
+def worker(services: str, tmp_path: Path) -> Iterator[None]:
+    """A process worker on the deployments of prefect.yaml."""
+    prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    prefect("deploy", "--all")
+    log = (tmp_path / "worker.log").open("w")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL],
+        cwd=tmp_path,
+        env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+    yield
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait(10)
+    log.close()
+
+
+def test_every_deployment_loads_its_flow_and_belongs_to_the_work_pool() -> None:
+    from prefect.flows import load_flow_from_entrypoint
+
+    deployments = yaml.safe_load((ROOT / "prefect.yaml").read_text("utf-8"))["deployments"]
+    names = [
+        f"{load_flow_from_entrypoint(d['entrypoint'], use_placeholder_flow=False).name}/{d['name']}"
+        for d in deployments
+    ]
+    assert names == ["grpo/quickstart", "grpo/train", "sft/train"]
+    assert {d["work_pool"]["name"] for d in deployments} == {POOL}
+
+
+@pytest.mark.usefixtures("worker")
+def test_a_killed_deployment_run_resumes_on_retry_and_shows_itself(
+    client: SyncPrefectClient, services: str, tmp_path: Path
+) -> None:
+    store = tmp_path / "runs"
+    config = {**SETTINGS, "store": {"url": str(store)}, "cluster": {"address": services}}
+    deployment = client.read_deployment_by_name("grpo/quickstart")
+    flow_run = client.create_flow_run_from_deployment(deployment.id, parameters={"config": config})
+    folder = store / f"quickstart-{flow_run.id}"
+
+    # The flow process dies of -9 once the first episode is trained.
+    wait_for("training", lambda: _exists(folder / "episodes/episode=000000/trained.json"))
+    attempt = json.loads((folder / "attempts/000001.json").read_text("utf-8"))
+    os.kill(attempt["pid"], signal.SIGKILL)
+    crashed = wait_for("the crash", lambda: _in_state(client, flow_run.id, "CRASHED"))
+    trained = {p: p.read_bytes() for p in folder.glob("episodes/*/trained.json")}
+    assert 1 <= len(trained) < SETTINGS["runtime"]["num_episode"]
+
+    # Retry, as the button of the UI does it: the same flow run, the same run.
+    assert crashed.state is not None
+    client.set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
+    done = wait_for("the end", lambda: _in_state(client, flow_run.id, "COMPLETED", "FAILED"))
+    assert done.state is not None
+    assert done.state.is_completed(), done.state.message
+    assert {p.name for p in (folder / "attempts").glob("00000?.json")} == {
+        "000001.json",
+        "000002.json",
+    }
+    assert len(list(folder.glob("episodes/*/trained.json"))) == 4
+    assert all(path.read_bytes() == before for path, before in trained.items())
+
+    _check_artifacts(client, flow_run.id, folder)
+
+
+def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path) -> None:
+    """Made once per flow run, retried or not."""
+    found = client.read_artifacts(
+        artifact_filter=ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[flow_run_id]))
+    )
+    by_key: dict[str, Any] = {a.key or "": a for a in found}
+    assert len(by_key) == len(found)
+    assert {k for k in by_key if k.startswith("grpo-")} == {
+        "grpo-progress",
+        "grpo-curves",
+        "grpo-episodes",
+        "grpo-samples",
+    }
+    assert by_key["grpo-progress"].data == 100
+    assert folder.name in by_key["grpo-progress"].description
+    episodes = json.loads(by_key["grpo-episodes"].data)
+    assert [row["episode"] for row in episodes] == [3, 2, 1, 0]
+    assert all(0 <= row["reward"] <= 1 and 0 <= row["exact"] <= 1 for row in episodes)
+    samples = json.loads(by_key["grpo-samples"].data)
+    assert all(row["prompt"].endswith(">") for row in samples)
+    assert "data:image/svg+xml;base64," in by_key["grpo-curves"].data
+    assert by_key["sft-progress"].data == 100
+
+
+def _exists(path: Path) -> Path | None:
+    return path if path.exists() else None
+
+
+def _in_state(client: SyncPrefectClient, flow_run_id: UUID, *types: str) -> FlowRun | None:
+    flow_run = client.read_flow_run(flow_run_id)
+    return flow_run if flow_run.state_type and flow_run.state_type.value in types else None
