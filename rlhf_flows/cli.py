@@ -72,14 +72,18 @@ def train(
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
     from rlhf_flows.local_services import flow_run_url
+    from rlhf_flows.prefect_server import prefect_api
     from rlhf_flows.summary import print_summary, summarize, write_summary
     from rlhf_flows.terminal import TerminalProgress
 
     console = Console()
     started = time.monotonic()
     chosen.check(loaded)
-    with TerminalProgress(console, num_episode=loaded.runtime.num_episode) as progress:
-        result = asyncio.run(_train(chosen, loaded, progress, takeover))
+    with prefect_api() as server:
+        if server is not None:
+            console.print(f"while it runs, its pages are at {server.url}", soft_wrap=True)
+        with TerminalProgress(console, num_episode=loaded.runtime.num_episode) as progress:
+            result = asyncio.run(_train(chosen, loaded, server, progress, takeover))
     summary = summarize(
         result,
         total_seconds=time.monotonic() - started,
@@ -90,7 +94,14 @@ def train(
     print_summary(console, result, summary)
 
 
-async def _train(recipe: Any, config: Any, progress: Any, takeover: bool) -> Any:
+async def _train(recipe: Any, config: Any, server: Any, progress: Any, takeover: bool) -> Any:
+    from rlhf_flows.pools import connect
+
+    # Two services, each of which takes some seconds to start, and keeps one core busy meanwhile.
+    ray = asyncio.create_task(connect(config.cluster))
+    if server is not None:
+        await asyncio.to_thread(server.wait)
+    await ray
     return await recipe.run(config, progress=progress, takeover=takeover)
 
 

@@ -20,7 +20,6 @@ _EMBEDDED = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "DO_NOT_TRACK": "1",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
 }
 
 
@@ -39,12 +38,14 @@ def _set(defaults: dict[str, str]) -> None:
 
 
 def flow_run_url(flow_run_id: str) -> str:
-    """The page of a flow run; of an embedded server, once `prefect server start` serves it."""
+    """The page of a flow run: on the server that is configured, else where `prefect server start`
+    will show it.
+    """
     from prefect.settings import get_current_settings
 
     settings = get_current_settings()
-    base = settings.ui_url if settings.api.url else "http://127.0.0.1:4200"
-    return f"{str(base).rstrip('/')}/runs/flow-run/{flow_run_id}" if flow_run_id else ""
+    base = str((settings.api.url and settings.ui_url) or "http://127.0.0.1:4200").rstrip("/")
+    return f"{base}/runs/flow-run/{flow_run_id}" if flow_run_id else ""
 
 
 def cache_folder() -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,8 @@ def print_summary(console: Console, result: RecipeResult, summary: Mapping[str, 
         console.print(f"sampled with {summary['sampler']}")
     console.print(f"the run: {summary['url']}", soft_wrap=True)
     if summary["flow_run_url"]:
-        console.print(f"its page: {summary['flow_run_url']}", soft_wrap=True)
+        note = "" if os.environ.get("PREFECT_API_URL") else "   (once `prefect server start` runs)"
+        console.print(f"its page: {summary['flow_run_url']}{note}", soft_wrap=True)
     if result.next_steps:
         console.print("\nnext:")
         for command in result.next_steps:

@@ -1,0 +1,135 @@
+"""A Prefect server for one process, where none is configured.
+
+Prefect brings an ephemeral server of its own; this one differs in three things that a person
+notices: its pages can be opened while the run goes on, it takes a port that is free for certain,
+and it ends with its process however that ends, a `kill -9` included. The database is the one of
+`prefect server start`, so that a later server shows the same runs.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rlhf_flows.errors import WaitTimeoutError
+
+__all__ = ["PrefectServer", "prefect_api"]
+
+_START_TIMEOUT_S = 120.0
+_STOP_TIMEOUT_S = 3.0
+_PR_SET_PDEATHSIG = 1
+_IDLE_SERVICES = (
+    "SCHEDULER",
+    "LATE_RUNS",
+    "CANCELLATION_CLEANUP",
+    "PAUSE_EXPIRATIONS",
+    "FOREMAN",
+    "REPOSSESSOR",
+    "TRIGGERS",
+)
+"""What schedules, watches workers or fires automations: of no use to one run."""
+
+
+class PrefectServer:
+    """A server process on loopback."""
+
+    def __init__(self) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port: int = probe.getsockname()[1]
+        self._process = self._start()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def api_url(self) -> str:
+        return f"{self.url}/api"
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        import prefect
+
+        services = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _IDLE_SERVICES}
+        environment = {
+            **os.environ,
+            **services,
+            "PREFECT_UI_API_URL": self.api_url,
+            "PREFECT_UI_SERVE_BASE": "/",
+            "PREFECT__SERVER_FINAL": "1",
+        }
+        command = [
+            *(sys.executable, "-m", "uvicorn", "--factory", "prefect.server.api.server:create_app"),
+            *("--app-dir", str(Path(prefect.__file__).parent.parent)),
+            *("--host", "127.0.0.1", "--port", str(self.port)),
+            *("--log-level", "error", "--lifespan", "on", "--timeout-graceful-shutdown", "1"),
+        ]
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+
+    def wait(self) -> None:
+        """Until it answers. Raises WaitTimeoutError."""
+        deadline = time.monotonic() + _START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if self._process.poll() is not None:
+                break
+            try:
+                with urllib.request.urlopen(f"{self.api_url}/health", timeout=5):
+                    return
+            except (urllib.error.URLError, ConnectionError, TimeoutError):
+                time.sleep(0.1)
+        code = self._process.poll()
+        self.stop()
+        raise WaitTimeoutError(
+            f"the Prefect server at {self.url} "
+            + ("did not answer" if code is None else f"ended with exit code {code}")
+            + f" within {_START_TIMEOUT_S:g} s: run `prefect server start` to see why, or set"
+            " PREFECT_API_URL to a server that runs"
+        )
+
+    def stop(self) -> None:
+        """Ends the process; its database is complete at any time."""
+        if self._process.poll() is None:
+            self._process.terminate()
+            try:
+                self._process.wait(_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+@contextmanager
+def prefect_api() -> Iterator[PrefectServer | None]:
+    """Within it Prefect has a server: the one that is configured, else one of this process."""
+    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield None
+        return
+    server = PrefectServer()
+    try:
+        updates = {PREFECT_API_URL: server.api_url, PREFECT_UI_URL: server.url}
+        with temporary_settings(updates):
+            yield server
+    finally:
+        server.stop()
