@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from prefect import flow
 from pydantic import Field, model_validator
 
@@ -140,7 +139,7 @@ def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
     row = rows[0]
     sample = {name: [value] for name, value in row.items()}
     FunctionReward("reward", function=function).forward_step(
-        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": torch.zeros(1, dtype=torch.int64)}
+        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": [0]}
     )
 
 

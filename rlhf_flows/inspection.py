@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_flows.config import ClusterConfig
 from rlhf_flows.data import from_parquet, to_samples
 from rlhf_flows.errors import ConfigError
+from rlhf_flows.pools.registry import living_actors, release_actors
 from rlhf_flows.store import (
     ObjectStore,
     RunLayout,
@@ -107,31 +107,12 @@ def _samples(store: ObjectStore, state: RunState, count: int) -> Iterator[Table]
 
 def list_pools(address: str) -> Table:
     """Actors of all runs on a cluster."""
-    import ray
-
-    from rlhf_flows.pools import connect
-
-    asyncio.run(connect(ClusterConfig(address=address)))
     table = Table("run", "pool", "replica", "rank", title=f"pools at {address}")
-    for actor in ray.util.list_named_actors(all_namespaces=True):
-        if actor["namespace"].startswith("rlhf_flows/"):
-            pool, replica, rank = actor["name"].split("/")
-            table.add_row(actor["namespace"].partition("/")[2], pool, replica, rank)
+    for actor in asyncio.run(living_actors(address)):
+        table.add_row(actor.run, actor.pool, str(actor.replica), str(actor.rank))
     return table
 
 
 def release_pools(address: str, run: str) -> int:
     """Ends every actor of a run; returns how many there were."""
-    import ray
-
-    from rlhf_flows.pools import connect
-    from rlhf_flows.pools.pool import namespace_of
-
-    asyncio.run(connect(ClusterConfig(address=address)))
-    namespace = namespace_of(check_run_name(run))
-    found = [
-        a for a in ray.util.list_named_actors(all_namespaces=True) if a["namespace"] == namespace
-    ]
-    for actor in found:
-        ray.kill(ray.get_actor(actor["name"], namespace), no_restart=True)
-    return len(found)
+    return asyncio.run(release_actors(address, check_run_name(run)))
