@@ -1,0 +1,125 @@
+"""`kill -9` of the flow process in each phase: the next attempt ends as if nothing had happened."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from tests.end_to_end.whole_run import (
+    assert_exactly_once,
+    assert_same_bits,
+    evaluated_versions,
+    learn,
+    toy_engine,
+)
+
+ROOT = Path(__file__).parents[2]
+RUNTIME: dict[str, Any] = {"num_episode": 4, "eval_episode_interval": 1}
+
+POINTS = [
+    "advanced evaluation 0 1",
+    "advanced rollout 0 2",
+    "advanced scoring 0 1",
+    "advanced training 0 1",
+    "before commit 0",
+    "after commit 0",
+    "started param_sync 1",
+    "finished param_sync 1",
+    "advanced rollout 1 4",
+    "finished scoring 1",
+    "before commit 1",
+    "started training 2",
+    "after commit 2",
+    "started evaluation 3",
+    "advanced training 3 1",
+    "started param_sync 4",
+    "advanced evaluation 4 1",
+]
+"""In the order in which a run meets them, so that one run can die at each."""
+
+
+def run_victim(
+    store: Path, run: str, log: Path, *, die: str, address: str | None, **runtime: Any
+) -> int:
+    """Runs until it has killed itself; the exit status."""
+    settings = {
+        "store": str(store),
+        "run": run,
+        "log": str(log),
+        "die": die,
+        "address": address,
+        "runtime": {**RUNTIME, **runtime},
+    }
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if address is None:
+        environment.pop("PREFECT_API_URL", None)
+    output = store / f"{run}.log"
+    with output.open("ab") as file:
+        return subprocess.run(
+            [sys.executable, "-m", "tests.end_to_end.victim", json.dumps(settings)],
+            cwd=ROOT,
+            env=environment,
+            stdout=file,
+            stderr=file,
+            stdin=subprocess.DEVNULL,
+            timeout=120,
+        ).returncode
+
+
+def pids(log: Path) -> set[int]:
+    return {int(line.split()[0]) for line in log.read_text().splitlines()}
+
+
+def generated(log: Path) -> list[str]:
+    return [line.split()[1] for line in log.read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("killed")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, services: str) -> str:
+    log = store / "undisturbed.calls"
+    learn(toy_engine(log=log), store, "undisturbed", **RUNTIME)
+    return "undisturbed"
+
+
+@pytest.fixture
+def released(services: str) -> Iterator[str]:
+    """The head's address; actors that the test leaves are ended."""
+    yield services
+    import ray
+
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
+
+
+def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
+    store: Path, undisturbed: str, released: str
+) -> None:
+    log = store / "killed.calls"
+    for point in POINTS:
+        code = run_victim(store, "killed", log, die=point, address=released)
+        assert code == -signal.SIGKILL, f"at {point}: {(store / 'killed.log').read_text()[-3000:]}"
+    result = learn(toy_engine(log=log), store, "killed", address=released, **RUNTIME)
+    assert result.version == 4
+    assert_same_bits(store, "killed", reference=undisturbed)
+    assert_exactly_once(store, "killed", episodes=4)
+    assert evaluated_versions(store, "killed") == [0, 1, 2, 3, 4]
+    # The pools lived through it all, and no finished shard was generated again.
+    assert len(pids(log)) == 1
+    ids = generated(log)
+    in_flight = len(ids) - len(set(ids))
+    assert in_flight <= 8 * len([p for p in POINTS if "rollout" in p or "evaluation" in p])

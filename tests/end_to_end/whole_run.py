@@ -1,0 +1,120 @@
+"""Whole runs of the toys, and what a finished run must show whatever happened on the way."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.flow import RunResult
+from rlhf_flows.store import open_store, scan
+from tests.toys import ToyPolicy, ToyReward, ToyTrainer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+RUNTIME: dict[str, Any] = {
+    "num_episode": 3,
+    "sample_per_episode": 32,
+    "num_inference_per_prompt": 4,
+    "generation_batch_size": 8,
+    "train_global_batch_size": 16,
+}
+"""Four shards and two optimizer steps an episode."""
+SHARDS, STEPS = 4, 2
+
+
+def toy_engine(
+    *, log: Path | None = None, rows: int = 64, eval_rows: int = 16, **trainer: Any
+) -> GRPOEngine:
+    engine = GRPOEngine(
+        ToyPolicy("policy", log=log), ToyTrainer("trainer", **trainer), ToyReward("reward"), name="toy"
+    )
+    engine.set_dataset([{"prompt": str(i)} for i in range(rows)])
+    if eval_rows:
+        engine.set_eval_dataset([{"prompt": f"eval {i}"} for i in range(eval_rows)])
+    return engine
+
+
+def learn(
+    engine: GRPOEngine,
+    store: Path,
+    run: str,
+    *,
+    address: str | None = None,
+    cluster: Mapping[str, Any] | None = None,
+    models: Mapping[str, Any] | None = None,
+    takeover: bool = False,
+    progress: Any = None,
+    **runtime: Any,
+) -> RunResult:
+    return engine.learn(
+        run_name=run,
+        store={"url": str(store)},
+        cluster={"address": address, **(cluster or {})},
+        models=dict(models or {}),
+        runtime={**RUNTIME, **runtime},
+        takeover=takeover,
+        progress=progress,
+    )
+
+
+# ---- what lies in the store -------------------------------------------------------------------
+
+
+def shard_digests(store: Path, run: str) -> dict[str, str]:
+    """Key below the run -> digest of the file, of every shard of every phase."""
+    root = store / run
+    return {
+        str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(root.rglob("*.parquet"))
+    }
+
+
+def weight_digests(store: Path, run: str, module: str = "trainer") -> list[str]:
+    """Of each policy version that was committed, in order."""
+    return [c["checkpoints"][module]["digest"] for c in commits(store, run)]
+
+
+def commits(store: Path, run: str) -> list[dict[str, Any]]:
+    found = sorted((store / run / "episodes").glob("episode=*/trained.json"))
+    return [json.loads(path.read_text()) for path in found]
+
+
+def samples(store: Path, run: str, phase: str = "rollout") -> pd.DataFrame:
+    """All samples of a phase, in the order of their ids."""
+    import pandas as pd  # not for the many processes that only run
+
+    paths = sorted((store / run / "episodes").glob(f"episode=*/{phase}/*.parquet"))
+    frames = []
+    for path in paths:
+        frame = pd.read_parquet(path)
+        frame["episode"] = int(path.parent.parent.name.removeprefix("episode="))
+        frames.append(frame)
+    return pd.concat(frames).sort_values("sample_id", ignore_index=True)
+
+
+def evaluated_versions(store: Path, run: str) -> list[int]:
+    state = scan(open_store(store), run)
+    return [version for (version, _), found in state.evaluations.items() if found.done]
+
+
+def assert_exactly_once(store: Path, run: str, *, episodes: int, staleness: int = 0) -> None:
+    """The audit: every planned sample sampled, scored and trained once, by the right version."""
+    sampled, scored = samples(store, run), samples(store, run, "scoring")
+    planned = episodes * RUNTIME["sample_per_episode"]
+    assert len(sampled) == len(set(sampled["sample_id"])) == planned
+    assert list(scored["sample_id"]) == list(sampled["sample_id"])
+    wanted = (sampled["episode"] - staleness).clip(lower=0)
+    assert list(sampled["policy_version"]) == list(wanted)
+    counts = [c["rows"] for c in commits(store, run)]
+    assert [c["trained"] for c in counts] == [RUNTIME["sample_per_episode"]] * episodes
+
+
+def assert_same_bits(store: Path, run: str, *, reference: str) -> None:
+    """Same shards, byte for byte, and same weights at each version."""
+    assert shard_digests(store, run) == shard_digests(store, reference)
+    assert weight_digests(store, run) == weight_digests(store, reference)
