@@ -1,8 +1,8 @@
-"""Builds what the comparison runs on, offline and the same each time: two models and the prompts.
+"""Builds what the comparison runs on, offline and the same each time: two models and prompts.
 
-`tiny` (1.05 M parameters) and `small` (25.7 M) are Qwen2-shaped, of random weights, with a byte-pair
-tokenizer trained on the source code of Python's standard library. Prompts are sums with none to
-four solved ones in front of them, so that their lengths differ.
+`tiny` (1.05 M parameters) and `small` (25.7 M) are Qwen2-shaped, of random weights, with a
+byte-pair tokenizer trained on the source of Python's standard library. Prompts are sums with none
+to four solved ones in front of them, so that their lengths differ.
 """
 
 from __future__ import annotations

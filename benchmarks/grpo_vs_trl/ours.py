@@ -14,9 +14,9 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
+from benchmarks.marks import mark
 from rlhf_flows.tasks import NoProgress
-
-from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line, mark
 
 _SAMPLERS = 1
 

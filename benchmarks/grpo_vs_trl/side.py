@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import itertools
 import os
 import statistics
 from collections import defaultdict
@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from benchmarks.cpu_clock import CpuTree, Reading
-from benchmarks.grpo_vs_trl.work import MARK, Work
+from benchmarks.grpo_vs_trl.work import Work
+from benchmarks.marks import read_mark
 
 __all__ = ["Measured", "SideName", "measure"]
 
@@ -63,10 +64,10 @@ def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
     with CpuTree(command, env=environment, errors=log) as tree, log.open("a") as lines:
         begun = tree.read()
         for line in tree.lines():
-            if not line.startswith(MARK):
+            mark = read_mark(line)
+            if mark is None:
                 lines.write(line)
                 continue
-            mark = json.loads(line.removeprefix(MARK))
             if mark["kind"] == "step":
                 readings.append(tree.read())
                 marks.append(mark)
@@ -82,7 +83,7 @@ def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
     names[tree.process.pid] = "the flow" if side == "ours" else "the trainer"
     found = Measured(side=side, curves=dict(curves))
     measured = readings[work.warmup - 1 :]
-    for before, after in zip(measured, measured[1:], strict=False):
+    for before, after in itertools.pairwise(measured):
         found.cpu_s.append(after.cpu_s - before.cpu_s)
         found.wall_s.append(after.at_s - before.at_s)
     first, last = measured[0], measured[-1]

@@ -25,7 +25,8 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line, mark
+from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
+from benchmarks.marks import mark
 
 
 class Timers:

@@ -1,4 +1,4 @@
-"""The work that both sides do, and how they say how far they are. No imports of either side.
+"""The work that both sides do. Imports neither of them.
 
 One step: 64 prompts x 8 samples x exactly 32 new tokens at temperature 1, the reference's logprobs,
 one AdamW step on the GRPO loss with a KL term, mean over sequences of their means over tokens.
@@ -7,16 +7,10 @@ one AdamW step on the GRPO loss with a KL term, mean over sequences of their mea
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import time
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Literal
 
-__all__ = ["MARK", "Work", "digit_share", "from_command_line", "mark"]
-
-MARK = "BENCH "
-"""Starts the lines that `__main__` reads from a side's output."""
+__all__ = ["Work", "digit_share", "from_command_line"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,9 +61,3 @@ def digit_share(completion: str) -> float:
     A model of random weights gives it a spread, so advantages are not zero, and it can be learned.
     """
     return sum(c.isdigit() for c in completion) / max(1, len(completion))
-
-
-def mark(kind: str, **data: Any) -> None:
-    """Tells `__main__` that something happened now."""
-    line = json.dumps({"kind": kind, "at_s": time.perf_counter(), **data})
-    os.write(1, f"{MARK}{line}\n".encode())
