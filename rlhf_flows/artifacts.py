@@ -196,8 +196,7 @@ class ArtifactProgress(RunBoard):
             while not self._closing.is_set():
                 if seen != self.changes:
                     seen = self.changes
-                    for artifact in self._artifacts:
-                        await self._send(client, artifact)
+                    await self._send_all(client)
                 try:
                     async with asyncio.timeout(_EVERY_S):
                         await self._closing.wait()
@@ -205,7 +204,7 @@ class ArtifactProgress(RunBoard):
                     continue
             for artifact in self._artifacts:
                 artifact.due = 0.0
-                await self._send(client, artifact)
+            await self._send_all(client)
 
     async def _find(self, client: PrefectClient) -> None:
         """A retried flow run goes on with the artifacts it has."""
@@ -223,19 +222,24 @@ class ArtifactProgress(RunBoard):
             commits = {e: read_json(runtime.store, runtime.layout.trained(e)) for e in stored}
             self.resume(commits, first=first)
 
-    async def _send(self, client: PrefectClient, artifact: _Artifact) -> None:
+    async def _send_all(self, client: PrefectClient) -> None:
+        for artifact in self._artifacts:
+            if not await self._send(client, artifact):
+                return  # whoever is away for one is away for all
+
+    async def _send(self, client: PrefectClient, artifact: _Artifact) -> bool:
         started = time.monotonic()
-        if started < artifact.due:
-            return
-        data = artifact.data()
+        data = artifact.data() if started >= artifact.due else None
         if data is None or data == artifact.sent:
-            return
-        if await self._guarded(self._upload(client, artifact, data)):
+            return True
+        is_sent = await self._guarded(self._upload(client, artifact, data))
+        if is_sent:
             artifact.sent = data
             self.updates += 1
         seconds = time.monotonic() - started
         self.seconds += seconds
         artifact.due = started + max(_EVERY_S, seconds / _SHARE)
+        return is_sent
 
     async def _upload(self, client: PrefectClient, artifact: _Artifact, data: Any) -> None:
         if artifact.id is None:
