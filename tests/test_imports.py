@@ -34,10 +34,20 @@ FLOORS = {
     "pools": 5,
     "blocks": 6,
     "tasks": 7,
+    "artifacts": 8,
+    "curves": 8,
     "engine": 8,
+    "exports": 8,
     "flow": 8,
+    "local_services": 8,
+    "prefect_server": 8,
+    "preparation": 8,
+    "run_board": 8,
     "deployments": 9,
     "cli": 9,
+    "inspection": 9,
+    "summary": 9,
+    "terminal": 9,
 }
 
 LIBRARY_ROOMS = {
@@ -50,7 +60,18 @@ LIBRARY_ROOMS = {
     "megatron": {"modules", "models"},
     "deepspeed": {"modules", "models"},
     "ray": {"pools"},
-    "prefect": {"blocks", "tasks", "engine", "flow", "deployments", "cli"},
+    "prefect": {
+        "blocks",
+        "tasks",
+        "artifacts",
+        "engine",
+        "flow",
+        "local_services",
+        "prefect_server",
+        "preparation",
+        "deployments",
+        "cli",
+    },
     "typer": {"cli", "deployments"},
 }
 
