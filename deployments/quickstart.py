@@ -26,8 +26,9 @@ from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.local_services import cache_folder
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
 from rlhf_flows.models.tiny import build_tiny_qwen2
-from rlhf_flows.preparation import new_run_name
+from rlhf_flows.preparation import new_run_name, open_probed_store
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
+from rlhf_flows.store import check_run_name
 from rlhf_flows.tasks.runtime import Progress
 
 __all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
@@ -113,6 +114,9 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
 
 
 def _check(config: QuickstartConfig) -> None:
+    if config.run_name is not None:
+        check_run_name(config.run_name)
+    open_probed_store(config)
     _reinforcement(config, Path("unused"), "check")
 
 

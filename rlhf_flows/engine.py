@@ -173,10 +173,13 @@ class Engine:
         return await run_as_flow(self._describe(takeover=takeover, progress=progress))
 
     def check(self) -> Self:
-        """Checks all that can be checked before anything starts. Raises UserError."""
-        from rlhf_flows.preparation import check
+        """Checks all that can be checked before anything starts. Raises UserError.
 
-        check(self._describe())
+        Opens the store, and claims the run's name where the configuration has one.
+        """
+        from rlhf_flows.preparation import check, check_store
+
+        check_store(check(self._describe()))
         return self
 
     def _describe(self, *, takeover: bool = False, progress: Progress | None = None) -> Description:

@@ -60,7 +60,14 @@ if TYPE_CHECKING:
     from rlhf_flows.engine import Description
     from rlhf_flows.pools import Cluster, Pool, PoolSpec
 
-__all__ = ["Checked", "check", "new_run_name", "run_as_flow"]
+__all__ = [
+    "Checked",
+    "check",
+    "check_store",
+    "new_run_name",
+    "open_probed_store",
+    "run_as_flow",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -360,16 +367,30 @@ async def _run(checked: Checked, *, flow_run_id: str) -> RunResult:
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))
 
 
-def _open_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
-    """The store, probed, and the run in it: new, or one of the same configuration."""
+def check_store(checked: Checked) -> None:
+    """Whether the store can be used, and the run's name is free or of this configuration."""
+    if checked.config.run_name is None:
+        open_probed_store(checked.config)
+    else:
+        _open_run(checked, check_run_name(checked.config.run_name))
+
+
+def open_probed_store(config: EngineConfig) -> ObjectStore:
+    """The store, which holds its promise. Raises ConfigError, StoreProbeError."""
     try:
-        store = open_store(checked.config.store.url)
+        store = open_store(config.store.url)
     except StoreUnavailableError:
         raise
     except StoreError as e:
         raise ConfigError(f"store.url cannot be used: {e}") from e
-    if not checked.config.store.single_writer:
+    if not config.store.single_writer:
         probe_put_if_absent(store)
+    return store
+
+
+def _open_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
+    """The store, probed, and the run in it: new, or one of the same configuration."""
+    store = open_probed_store(checked.config)
     identity, may_change = _identity(checked), _may_change(checked)
     return store, open_run(store, run, config=identity, may_change=may_change)
 
