@@ -125,6 +125,7 @@ class ArtifactProgress(RunBoard):
         """
         super().__init__(settings=runtime.config.runtime, phases=phases)
         self._runtime = runtime
+        self._name = name
         self._flow_run_id = UUID(flow_run_id)
         prefix = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-") or "engine"
         of_run = f"run {runtime.run} in {runtime.store.url}"
@@ -176,9 +177,11 @@ class ArtifactProgress(RunBoard):
         super().finished(phase, number, seconds, metrics)
         if phase == "training":
             names = [m for m in _LOGGED if m in metrics]
-            self._say_metrics(f"episode {number}", seconds, names, metrics)
+            self._say_metrics(f"{self._name}, episode {number}", seconds, names, metrics)
         elif phase == "evaluation":
-            self._say_metrics(f"evaluation of version {number}", seconds, list(metrics), metrics)
+            self._say_metrics(
+                f"{self._name}, evaluation of version {number}", seconds, list(metrics), metrics
+            )
 
     def _say_metrics(
         self, what: str, seconds: float, names: Sequence[str], metrics: Mapping[str, float]
