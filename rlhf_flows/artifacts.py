@@ -178,7 +178,7 @@ class ArtifactProgress(RunBoard):
         if phase == "training":
             names = [m for m in _LOGGED if m in metrics]
             self._say_metrics(f"{self._name}, episode {number}", seconds, names, metrics)
-        elif phase == "evaluation":
+        elif phase == "evaluation" and seconds:  # none: an earlier attempt did it
             self._say_metrics(
                 f"{self._name}, evaluation of version {number}", seconds, list(metrics), metrics
             )
