@@ -399,7 +399,11 @@ def _identity(checked: Checked) -> dict[str, Any]:
     """What makes two starts the same run."""
     return {
         "recipe": checked.description.name,
-        **checked.config.model_dump(mode="json", exclude={"run_name"}),
+        **checked.config.model_dump(mode="json", exclude={"run_name", "models"}),
+        # Said or not, a module's placement is the same.
+        "models": {
+            name: checked.config.for_model(name).model_dump(mode="json") for name in checked.modules
+        },
         "flows": {
             part: [n.label for n in graph.nodes]
             for part, graph in (
