@@ -1,4 +1,4 @@
-"""Claims of the graph: what can be a flow, what is recorded, what is refused and how phases are cut."""
+"""The graph: what can be a flow, what is recorded, what is refused, how phases are cut."""
 
 from __future__ import annotations
 

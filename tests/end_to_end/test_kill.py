@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
+from rlhf_flows.errors import RunBusyError
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     assert_same_bits,
@@ -48,11 +50,18 @@ POINTS = [
 """In the order in which a run meets them, so that one run can die at each."""
 
 
-def run_victim(
-    store: Path, run: str, log: Path, *, die: str, address: str | None, **runtime: Any
-) -> int:
-    """Runs until it has killed itself; the exit status."""
+def start_victim(
+    store: Path,
+    run: str,
+    log: Path,
+    *,
+    die: str,
+    address: str | None,
+    signal_name: str = "SIGKILL",
+    **runtime: Any,
+) -> subprocess.Popen[bytes]:
     settings = {
+        "signal": signal_name,
         "store": str(store),
         "run": run,
         "log": str(log),
@@ -65,15 +74,24 @@ def run_victim(
         environment.pop("PREFECT_API_URL", None)
     output = store / f"{run}.log"
     with output.open("ab") as file:
-        return subprocess.run(
+        return subprocess.Popen(
             [sys.executable, "-m", "tests.end_to_end.victim", json.dumps(settings)],
             cwd=ROOT,
             env=environment,
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,
-            timeout=120,
-        ).returncode
+        )
+
+
+def run_victim(*where: Any, **how: Any) -> int:
+    """Runs until it has killed itself; the exit status."""
+    victim = start_victim(*where, **how)
+    try:
+        return victim.wait(timeout=200)
+    finally:
+        victim.kill()
+        victim.wait()
 
 
 def pids(log: Path) -> set[int]:
@@ -123,3 +141,62 @@ def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
     ids = generated(log)
     in_flight = len(ids) - len(set(ids))
     assert in_flight <= 8 * len([p for p in POINTS if "rollout" in p or "evaluation" in p])
+
+
+def test_a_cold_start_after_a_kill_gives_the_same_bits_and_nothing_is_left_running(
+    store: Path, undisturbed: str, released: str
+) -> None:
+    log = store / "cold.calls"
+    victim = start_victim(store, "cold", log, die="advanced training 1 1", address=None)
+    offspring: dict[int, psutil.Process] = {}
+    deadline = time.monotonic() + 200
+    while victim.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.2)
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(victim.pid).children(recursive=True):
+                offspring[child.pid] = child
+    victim.kill()
+    assert victim.wait() == -signal.SIGKILL, (store / "cold.log").read_text()[-3000:]
+    # A head that the flow started dies with it, and so do its actors and the server.
+    _, alive = psutil.wait_procs(list(offspring.values()), timeout=20)
+    names = [" ".join(p.cmdline())[:200] for p in alive]
+    for process in alive:
+        process.kill()
+    assert names == []
+
+    before = generated(log)
+    result = learn(toy_engine(log=log), store, "cold", address=released, **RUNTIME)
+    assert result.resumed_at == 1
+    assert_same_bits(store, "cold", reference=undisturbed)
+    # Both sampled episodes were there: nothing of them was made again.
+    again = [i for i in generated(log)[len(before) :] if i < "e000002"]
+    assert again == []
+    assert len(pids(log)) == 2
+
+
+def test_a_stopped_attempt_is_not_replaced_unasked_and_is_fenced_when_it_wakes(
+    store: Path, undisturbed: str, released: str
+) -> None:
+    log = store / "zombie.calls"
+    zombie = start_victim(
+        store, "zombie", log, die="advanced rollout 1 2", address=released, signal_name="SIGSTOP"
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while psutil.Process(zombie.pid).status() != psutil.STATUS_STOPPED:
+            assert zombie.poll() is None, (store / "zombie.log").read_text()[-3000:]
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        with pytest.raises(RunBusyError, match=r"attempt 1 is alive .* takeover=true"):
+            learn(toy_engine(log=log), store, "zombie", address=released, **RUNTIME)
+        learn(toy_engine(log=log), store, "zombie", address=released, takeover=True, **RUNTIME)
+        zombie.send_signal(signal.SIGCONT)
+        assert zombie.wait(timeout=60) == 1
+    finally:
+        zombie.kill()
+        zombie.wait()
+    last = (store / "zombie.log").read_text().splitlines()
+    assert "FencedError" in "\n".join(last[-5:])
+    assert_same_bits(store, "zombie", reference=undisturbed)
+    assert_exactly_once(store, "zombie", episodes=4)
+    assert len(pids(log)) == 1

@@ -1,4 +1,4 @@
-"""A toy run that kills itself with SIGKILL at a named point: `python victim.py '{"die": …}'`.
+"""A toy run that kills (or stops) itself at a named point: `python victim.py '{"die": …}'`.
 
 Points are the events of a run's progress ("advanced rollout 1 2": two shards of episode 1 are
 sampled) and the instants around durable effects that no event shows.
@@ -16,9 +16,11 @@ from typing import Any
 from rlhf_flows.tasks import NoProgress, training
 from tests.end_to_end.whole_run import learn, toy_engine
 
+SIGNAL = signal.SIGKILL
+
 
 def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+    os.kill(os.getpid(), SIGNAL)
 
 
 class Bomb(NoProgress):
@@ -59,6 +61,8 @@ def around_commit(point: str) -> None:
 
 
 def main(settings: dict[str, Any]) -> None:
+    global SIGNAL
+    SIGNAL = signal.Signals[settings["signal"]]
     point = settings["die"]
     around_commit(point)
     engine = toy_engine(log=Path(settings["log"]))

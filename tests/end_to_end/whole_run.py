@@ -31,7 +31,10 @@ def toy_engine(
     *, log: Path | None = None, rows: int = 64, eval_rows: int = 16, **trainer: Any
 ) -> GRPOEngine:
     engine = GRPOEngine(
-        ToyPolicy("policy", log=log), ToyTrainer("trainer", **trainer), ToyReward("reward"), name="toy"
+        ToyPolicy("policy", log=log),
+        ToyTrainer("trainer", **trainer),
+        ToyReward("reward"),
+        name="toy",
     )
     engine.set_dataset([{"prompt": str(i)} for i in range(rows)])
     if eval_rows:

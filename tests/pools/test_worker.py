@@ -197,7 +197,9 @@ def test_what_user_code_gets_wrong_names_module_method_shard_and_samples(
 def test_a_column_that_cannot_be_kept_is_named(tmp_path: Path) -> None:
     worker = worker_of(Broken("policy", "tuple"), tmp_path)
     worker.load_dataset(1, "train", "digest", ROWS)
-    with pytest.raises(DataError, match=r"policy.forward_step failed .* shard 0: column 'x', row 0 h"):
+    with pytest.raises(
+        DataError, match=r"policy.forward_step failed .* shard 0: column 'x', row 0"
+    ):
         worker.forward(rollout_call(0, 0))
 
 
@@ -293,7 +295,7 @@ def test_damaged_weights_are_not_loaded(trainer: Worker, tmp_path: Path) -> None
     data[-1] ^= 1
     path.write_bytes(data)
     before = trainer.weights_digest(1)
-    with pytest.raises(Exception, match="model.safetensors"):
+    with pytest.raises(Exception, match=r"model\.safetensors"):
         trainer.restore(1, record, 1)
     assert trainer.weights_digest(1) == before
     assert not trainer.state().clean

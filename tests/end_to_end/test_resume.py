@@ -1,0 +1,152 @@
+"""Runs that are started again: what is there is kept, what is missing is made, to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_flows.errors import StoreDamageError
+from rlhf_flows.store import open_store, scan
+from tests.end_to_end.whole_run import (
+    assert_exactly_once,
+    assert_same_bits,
+    commits,
+    evaluated_versions,
+    learn,
+    shard_digests,
+    toy_engine,
+    weight_digests,
+)
+
+pytestmark = pytest.mark.usefixtures("services")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("resumed")
+
+
+@pytest.fixture(scope="module")
+def five(store: Path, services: str) -> str:
+    """A run of five episodes in one go."""
+    learn(toy_engine(), store, "five", num_episode=5)
+    return "five"
+
+
+def lines_of(log: Path) -> int:
+    return len(log.read_text().splitlines())
+
+
+def forget(store: Path, run: str, *patterns: str) -> None:
+    """What a run would be if it had died before it wrote these."""
+    for pattern in patterns:
+        found = sorted((store / run).glob(pattern))
+        assert found, pattern
+        for path in found:
+            path.unlink()
+
+
+def test_a_finished_run_does_nothing_and_more_episodes_go_on_from_it(
+    store: Path, five: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    learn(toy_engine(log=log), store, "grown", num_episode=3)
+    calls, shards = lines_of(log), shard_digests(store, "grown")
+    again = learn(toy_engine(log=log), store, "grown", num_episode=3)
+    assert (again.version, again.resumed_at) == (3, 3)
+    assert list(again.episodes) == [0, 1, 2]
+    assert list(again.evaluations) == [0, 3]
+    assert again.seconds.get("rollout", 0.0) == 0.0
+    assert (lines_of(log), shard_digests(store, "grown")) == (calls, shards)
+
+    more = learn(toy_engine(log=log), store, "grown", num_episode=5)
+    assert (more.version, more.resumed_at) == (5, 3)
+    assert weight_digests(store, "grown") == weight_digests(store, five)
+    assert_exactly_once(store, "grown", episodes=5)
+    assert evaluated_versions(store, "grown") == [0, 3, 5]
+
+
+def test_between_full_checkpoints_a_resume_trains_again_to_the_committed_digests(
+    store: Path, five: str, tmp_path: Path
+) -> None:
+    settings = {"num_episode": 4, "save_episode_interval": 3, "keep_last": 4}
+    learn(toy_engine(), store, "sparse", **settings)
+    states = [c["checkpoints"]["trainer"]["state"] is not None for c in commits(store, "sparse")]
+    assert states == [False, False, True, True]
+    # As if it had died right after the second episode.
+    forget(store, "sparse", "episodes/episode=00000[23]/*.json", "evaluations/version=000004/*/*")
+    learn(toy_engine(), store, "sparse", **settings)
+    assert weight_digests(store, "sparse") == weight_digests(store, five)[:4]
+
+
+def test_training_again_that_gives_other_weights_stops_the_run(store: Path, five: str) -> None:
+    learn(toy_engine(eval_rows=0), store, "wrong", num_episode=2, save_episode_interval=4)
+    forget(store, "wrong", "episodes/episode=000001/trained.json")
+    trained = store / "wrong/episodes/episode=000000/trained.json"
+    commit = json.loads(trained.read_text())
+    commit["checkpoints"]["trainer"]["digest"] = "0" * 64
+    trained.write_text(json.dumps(commit))
+    with pytest.raises(StoreDamageError, match=r"gave other weights .* than were committed \(0000"):
+        learn(toy_engine(eval_rows=0), store, "wrong", num_episode=2, save_episode_interval=4)
+
+
+def test_a_lost_shard_is_made_again_byte_for_byte(store: Path, five: str) -> None:
+    learn(toy_engine(), store, "lost", num_episode=3)
+    before = shard_digests(store, "lost")
+    forget(
+        store,
+        "lost",
+        "episodes/episode=000002/trained.json",
+        "episodes/episode=000002/rollout/shard-00001.parquet",
+        "episodes/episode=000002/scoring/shard-0000[13].parquet",
+    )
+    learn(toy_engine(), store, "lost", num_episode=3)
+    assert shard_digests(store, "lost") == before
+    assert weight_digests(store, "lost") == weight_digests(store, five)[:3]
+
+
+def test_a_resume_with_other_replicas_gives_the_same_bits(store: Path, five: str) -> None:
+    learn(toy_engine(), store, "moved", num_episode=2)
+    learn(toy_engine(), store, "moved", num_episode=5, models={"policy": {"num_replica": 2}})
+    assert weight_digests(store, "moved") == weight_digests(store, five)
+    changed = json.loads((store / "moved/attempts/000002.json").read_text())["changed"]
+    assert "models.policy.num_replica" in str(changed)
+
+
+def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: str) -> None:
+    settings: dict[str, Any] = {"max_staleness": 1, "eval_episode_interval": 1, "keep_last": 3}
+    learn(toy_engine(), store, "lagging", num_episode=4, **settings)
+    shards = shard_digests(store, "lagging")
+    forget(
+        store,
+        "lagging",
+        "episodes/episode=000003/trained.json",
+        "evaluations/version=00000[34]/*/*",
+    )
+    learn(toy_engine(), store, "lagging", num_episode=4, **settings)
+    assert evaluated_versions(store, "lagging") == [0, 1, 2, 3, 4]
+    assert shard_digests(store, "lagging") == shards
+
+
+def test_old_weights_and_states_are_deleted_and_recorded_also_after_a_resume(
+    store: Path, five: str
+) -> None:
+    learn(toy_engine(eval_rows=0), store, "kept", num_episode=3)
+    learn(toy_engine(eval_rows=0), store, "kept", num_episode=5)
+    state = scan(open_store(store), "kept")
+    there = sorted(f.split("/")[1:3] for f in state.folders)
+    assert there == sorted(
+        [kind, f"version=00000{v}"] for kind in ("checkpoints", "weights") for v in (4, 5)
+    )
+    deleted = sorted(f.split("/")[1:3] for f in state.deleted)
+    assert deleted == sorted(
+        [kind, f"version=00000{v}"] for kind in ("checkpoints", "weights") for v in (1, 2, 3)
+    )
+
+
+def test_two_runs_of_one_configuration_are_the_same_to_the_bit(store: Path, five: str) -> None:
+    learn(toy_engine(), store, "again", num_episode=5)
+    assert_same_bits(store, "again", reference=five)
