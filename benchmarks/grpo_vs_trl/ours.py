@@ -6,13 +6,10 @@ param sync with its probe. A step is an episode; it ends when the sampler holds 
 
 from __future__ import annotations
 
-import os
 import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
 from benchmarks.marks import mark
@@ -66,6 +63,7 @@ def main(work: Work) -> None:
     from rlhf_flows.models.policy_trainer import PolicyTrainer
     from rlhf_flows.models.reference import Reference
     from rlhf_flows.models.vllm_policy import VLLMPolicy
+    from rlhf_flows.prefect_server import prefect_api
     from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 
     settings = GenerationSettings(max_new_tokens=work.new_tokens, ignore_eos=True)
@@ -90,7 +88,12 @@ def main(work: Work) -> None:
     reward = FunctionReward("reward", function=digit_share)
     engine = GRPOEngine(policy, trainer, reward, reference, name="bench")
     engine.set_dataset(work.prompts)
-    with tempfile.TemporaryDirectory(prefix="rlhf-flows-bench-") as folder:
+    with (
+        prefect_api() as server,
+        tempfile.TemporaryDirectory(prefix="rlhf-flows-bench-") as folder,
+    ):
+        if server is not None:
+            server.wait()
         engine.learn(
             progress=Marks(),
             run_name="bench",

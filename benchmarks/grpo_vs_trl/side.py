@@ -13,6 +13,7 @@ from typing import Any, Literal
 from benchmarks.cpu_clock import CpuTree, Reading
 from benchmarks.grpo_vs_trl.work import Work
 from benchmarks.marks import read_mark
+from rlhf_flows.local_services import prepare_environment
 
 __all__ = ["Measured", "SideName", "measure"]
 
@@ -59,8 +60,9 @@ def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
     marks: list[dict[str, Any]] = []
     names: dict[int, str] = {}
     curves: dict[str, list[float]] = defaultdict(list)
+    prepare_environment()  # as the command line does
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
-    environment |= {"PYTHONPATH": str(_REPOSITORY), "OMP_WAIT_POLICY": "passive"}
+    environment |= {"PYTHONPATH": str(_REPOSITORY), "PREFECT_HOME": str(log.with_name("prefect"))}
     with CpuTree(command, env=environment, errors=log) as tree, log.open("a") as lines:
         begun = tree.read()
         for line in tree.lines():

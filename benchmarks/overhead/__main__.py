@@ -23,8 +23,10 @@ from pathlib import Path
 from benchmarks.cpu_clock import CpuTree, Reading
 from benchmarks.machine import describe_machine, one_line
 from benchmarks.marks import read_mark
-from benchmarks.overhead.variants import VARIANTS
+from rlhf_flows.local_services import prepare_environment
 
+VARIANTS = ("flow", "ray", "disk", "memory", "plain")
+"""As in `variants.py`, which imports Prefect; this process does not."""
 REMOVED = {
     "flow": "Prefect: flow, tasks, states, artifacts",
     "ray": "Ray: calls, processes, shared memory",
@@ -70,11 +72,13 @@ def main() -> None:
 def _run(name: str, episodes: int) -> tuple[list[float], list[float], dict[str, float]]:
     """Wall and CPU milliseconds of each episode after the first two; seconds of methods."""
     command = [sys.executable, "-m", "benchmarks.overhead.variants", name, str(episodes)]
+    prepare_environment()  # as the command line does
     environment = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", **os.environ}
     readings: list[Reading] = []
     parts: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         errors = Path(folder, "errors")
+        environment["PREFECT_HOME"] = folder
         with CpuTree(command, env=environment, errors=errors) as tree:
             for line in tree.lines():
                 found = read_mark(line) or {}

@@ -24,12 +24,12 @@ from benchmarks.overhead.modules import BenchPolicy, BenchReward, BenchTrainer
 from rlhf_flows import preparation
 from rlhf_flows.data.batch import collate
 from rlhf_flows.engine import Description, GRPOEngine
+from rlhf_flows.prefect_server import prefect_api
 from rlhf_flows.store import open_run, open_store, scan, take_attempt
 from rlhf_flows.tasks import NoProgress, Runtime, evaluation, param_sync, rollout, scoring, training
 
-__all__ = ["VARIANTS", "run_variant"]
+__all__ = ["run_variant"]
 
-VARIANTS = ("flow", "ray", "disk", "memory", "plain")
 NUM_PROMPTS, SAMPLES, NUM_EVAL = 64, 8, 64
 _MEMORY = Path("/dev/shm")
 
@@ -75,7 +75,10 @@ def run_variant(name: str, episodes: int) -> None:
         if name == "plain":
             _plain(episodes)
         elif name == "flow":
-            _engine().learn(progress=EndOfEpisodes(), **_settings(episodes, folder))
+            with prefect_api() as server:
+                if server is not None:
+                    server.wait()
+                _engine().learn(progress=EndOfEpisodes(), **_settings(episodes, folder))
         else:
             mark("parts", parts=asyncio.run(_phases(name, episodes, folder)))
 
