@@ -147,17 +147,23 @@ class Runtime:
         if self.state.episode(number).plans:
             plan = EpisodePlan.from_json(read_json(self.store, key))
         else:
+            if self.state.episode(number - 1).plans:
+                before = EpisodePlan.from_json(read_json(self.store, self.layout.plan(number - 1)))
+                self._refuse_drift(before, dataset)
             check_fence(self.store, self.run, self.attempt)
             plan = EpisodePlan.from_json(
                 commit_json(self.store, key, self._make_plan(number, dataset).to_json()).payload
             )
+        self._refuse_drift(plan, dataset)
+        return plan
+
+    def _refuse_drift(self, plan: EpisodePlan, dataset: DatasetInfo) -> None:
         if plan.dataset_digest != dataset.digest:
             raise DataError(
                 f"run {self.run!r} was planned on a dataset with digest"
-                f" {plan.dataset_digest[:12]} (episode {number}), the one given now has"
+                f" {plan.dataset_digest[:12]} (episode {plan.episode}), the one given now has"
                 f" {dataset.digest[:12]}: resume with the same prompts, or start another run"
             )
-        return plan
 
     def _make_plan(self, number: int, dataset: DatasetInfo) -> EpisodePlan:
         runtime = self.config.runtime
