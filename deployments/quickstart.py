@@ -14,6 +14,7 @@ from prefect import flow
 from prefect.context import FlowRunContext
 from pydantic import Field
 
+from rlhf_flows.attempt import new_run_name, open_probed_store
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.deployments import grpo as grpo_recipe
 from rlhf_flows.deployments import sft as sft_recipe
@@ -23,10 +24,9 @@ from rlhf_flows.deployments.recipe import Recipe, RecipeResult
 from rlhf_flows.deployments.sft import SFTConfig, SFTRuntime
 from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
-from rlhf_flows.local_services import cache_folder
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
 from rlhf_flows.models.tiny import build_tiny_qwen2
-from rlhf_flows.preparation import new_run_name, open_probed_store
+from rlhf_flows.services.environment import cache_folder
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 from rlhf_flows.store import check_run_name
 from rlhf_flows.tasks.runtime import Progress

@@ -6,33 +6,17 @@ configuration, check it, run. A recipe adds nothing that a program of one's own 
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.errors import ConfigError
-from rlhf_flows.flow import RunResult
+from rlhf_flows.reporting.summary import RecipeResult
 from rlhf_flows.tasks.runtime import Progress
 
 __all__ = ["RECIPES", "Recipe", "RecipeResult", "find_recipe"]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RecipeResult:
-    """What a recipe did: its last run, and what to say of it."""
-
-    recipe: str
-    run: RunResult
-    sampler: str = ""
-    """What sampled, with its version."""
-    objective: str = "reward"
-    """The metric of the evaluations that says how good the policy is."""
-    seconds: Mapping[str, float]
-    """By phase, over all runs of the recipe."""
-    next_steps: Sequence[str] = ()
-    """Commands to try."""
 
 
 class Run(Protocol):

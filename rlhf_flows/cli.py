@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 
 from rlhf_flows.errors import RlhfFlowsError, UserError
-from rlhf_flows.local_services import prepare_environment
+from rlhf_flows.services.environment import prepare_environment
 
 __all__ = ["app", "main"]
 
@@ -71,10 +71,10 @@ def train(
     loaded = load_config(chosen.config, settings or (), file=config)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
-    from rlhf_flows.local_services import flow_run_url
-    from rlhf_flows.prefect_server import prefect_api
-    from rlhf_flows.summary import print_summary, summarize, write_summary
-    from rlhf_flows.terminal import TerminalProgress
+    from rlhf_flows.reporting.summary import print_summary, summarize, write_summary
+    from rlhf_flows.reporting.terminal import TerminalProgress
+    from rlhf_flows.services.environment import flow_run_url
+    from rlhf_flows.services.prefect_server import prefect_api
 
     console = Console()
     started = time.monotonic()
@@ -108,7 +108,7 @@ async def _train(recipe: Any, config: Any, server: Any, progress: Any, takeover:
 @app.command()
 def ls(store: Annotated[str, typer.Option(help="Store of the runs.")] = "runs") -> None:
     """Lists the runs of a store."""
-    from rlhf_flows.inspection import list_runs
+    from rlhf_flows.reporting.inspection import list_runs
 
     console = Console()
     console.print(list_runs(store))
@@ -121,7 +121,7 @@ def show(
     samples: Annotated[int, typer.Option(help="Samples of the last episode to show.")] = 4,
 ) -> None:
     """Shows what a run has come to: its episodes, evaluations and some samples."""
-    from rlhf_flows.inspection import show_run
+    from rlhf_flows.reporting.inspection import show_run
 
     console = Console()
     for part in show_run(store, run, samples=samples):
@@ -146,7 +146,7 @@ def export(
 @pools_app.command("ls")
 def pools_ls(address: Annotated[str, typer.Option(help="host:port of the Ray head.")]) -> None:
     """Lists the actors of all runs on a cluster."""
-    from rlhf_flows.inspection import list_pools
+    from rlhf_flows.reporting.inspection import list_pools
 
     Console().print(list_pools(address))
 
@@ -157,7 +157,7 @@ def pools_release(
     address: Annotated[str, typer.Option(help="host:port of the Ray head.")],
 ) -> None:
     """Ends the actors of a run, and frees what they hold."""
-    from rlhf_flows.inspection import release_pools
+    from rlhf_flows.reporting.inspection import release_pools
 
     count = release_pools(address, run)
     Console().print(f"{count} actors of {run} were ended")

@@ -1,7 +1,7 @@
 """What a user imports: `Engine` and its parts. The programming interface is ChatLearn's.
 
 An engine is a description: flow functions, datasets, which weights follow which. `learn` checks all
-of it in this process (`rlhf_flows.preparation`), and only then reaches for a cluster.
+of it in this process (`rlhf_flows.attempt`), and only then reaches for a cluster.
 """
 
 from __future__ import annotations
@@ -10,10 +10,18 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
+from rlhf_flows.attempt import (
+    Description,
+    Environment,
+    Evaluator,
+    Trainer,
+    check,
+    check_store,
+    run_as_flow,
+)
 from rlhf_flows.config import EngineConfig, load_config
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.flow import RunResult
@@ -22,52 +30,7 @@ from rlhf_flows.tasks.runtime import Progress, SyncPair
 
 __all__ = ["Engine", "Environment", "Evaluator", "GRPOEngine", "SFTEngine", "Trainer"]
 
-Flow = Callable[[Any], Any]
 T = TypeVar("T")
-
-
-class _Part:
-    """A flow function, and the dataset that it starts from."""
-
-    def __init__(self, flow: Flow) -> None:
-        if not callable(flow):
-            raise ConfigError(
-                f"{type(self).__name__} was given a {type(flow).__name__}, expected a flow:"
-                " a function of one batch that calls modules"
-            )
-        self.flow = flow
-        self.dataset: Any = None
-
-    def set_dataset(self, dataset: Any) -> Self:
-        """Rows (a list), or a JSONL, JSON or Parquet file of them."""
-        self.dataset = dataset
-        return self
-
-
-class Environment(_Part):
-    """Turns prompts into samples: rollout and scoring."""
-
-
-class Trainer(_Part):
-    """Trains on samples: each module call is one optimizer step on a global batch."""
-
-
-class Evaluator(_Part):
-    """Evaluates a policy version on a dataset of its own."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Description:
-    """All that an engine says, as `preparation` reads it."""
-
-    name: str
-    config: EngineConfig
-    environment: Environment | None
-    trainer: Trainer | None
-    evaluator: Evaluator | None
-    syncs: tuple[SyncPair, ...]
-    takeover: bool
-    progress: Progress | None
 
 
 class Engine:
@@ -166,8 +129,6 @@ class Engine:
         **settings: Any,
     ) -> RunResult:
         """`learn` for callers with an event loop."""
-        from rlhf_flows.preparation import run_as_flow
-
         if settings:
             self.configure(settings)
         return await run_as_flow(self._describe(takeover=takeover, progress=progress))
@@ -177,8 +138,6 @@ class Engine:
 
         Opens the store, and claims the run's name where the configuration has one.
         """
-        from rlhf_flows.preparation import check, check_store
-
         check_store(check(self._describe()))
         return self
 

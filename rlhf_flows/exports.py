@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_flows.errors import ConfigError
-from rlhf_flows.local_services import cache_folder
+from rlhf_flows.services.environment import cache_folder
 from rlhf_flows.store import (
     FolderRecord,
     ObjectStore,

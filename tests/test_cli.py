@@ -13,7 +13,7 @@ from rlhf_flows import cli
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.pools import cluster
 
-REWARDS = '''
+REWARDS = """
 import math
 
 def good(prompt, completion): return 1.0
@@ -22,7 +22,7 @@ def nan(prompt, completion): return math.nan
 def text(prompt, completion): return "high"
 def short(prompts, completions): return [1.0] * (len(prompts) - 1)
 def needs_answer(prompt, completion, answer): return 1.0
-'''
+"""
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +32,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(
-    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[Path]:
+def place(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder as a user has it, and no way to start Ray."""
     (tmp_path / "rewards_of_test.py").write_text(REWARDS)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "1+1="}\n{"prompt": "2+2="}\n')
@@ -145,14 +143,14 @@ def test_an_unsupported_architecture_is_refused_with_those_that_are(
 def test_a_run_name_of_another_configuration_is_refused_with_the_difference(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    from rlhf_flows.attempt import check, claim_run
     from rlhf_flows.config import load_config
     from rlhf_flows.deployments import grpo
-    from rlhf_flows.preparation import _open_run, check
 
     words = ["model=model", "prompts=prompts.jsonl", "reward=rewards_of_test:good",
              "generation.max_new_tokens=8", "run_name=mine"]  # fmt: skip
     engine = grpo.build(load_config(grpo.GRPOConfig, words))
-    _open_run(check(engine._describe()), "mine")
+    claim_run(check(engine._describe()), "mine")
     assert run(monkeypatch, "run_name=mine", "optimizer.learning_rate=0.5") == 2
     error = " ".join(capsys.readouterr().err.split())
     assert "optimizer.learning_rate" in error

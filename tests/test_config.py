@@ -1,4 +1,4 @@
-"""Configurations: strict, read alike from YAML, words and Python, checked before anything starts."""
+"""Configurations: strict, read alike from YAML, words and Python, checked at once."""
 
 from __future__ import annotations
 

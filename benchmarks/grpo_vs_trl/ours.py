@@ -63,7 +63,7 @@ def main(work: Work) -> None:
     from rlhf_flows.models.policy_trainer import PolicyTrainer
     from rlhf_flows.models.reference import Reference
     from rlhf_flows.models.vllm_policy import VLLMPolicy
-    from rlhf_flows.prefect_server import prefect_api
+    from rlhf_flows.services.prefect_server import prefect_api
     from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 
     settings = GenerationSettings(max_new_tokens=work.new_tokens, ignore_eos=True)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from benchmarks.cpu_clock import CpuTree, Reading
 from benchmarks.grpo_vs_trl.work import Work
 from benchmarks.marks import read_mark
-from rlhf_flows.local_services import prepare_environment
+from rlhf_flows.services.environment import prepare_environment
 
 __all__ = ["Measured", "SideName", "measure"]
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from benchmarks.cpu_clock import CpuTree, Reading
 from benchmarks.machine import describe_machine, one_line
 from benchmarks.marks import read_mark
-from rlhf_flows.local_services import prepare_environment
+from rlhf_flows.services.environment import prepare_environment
 
 VARIANTS = ("flow", "ray", "disk", "memory", "plain")
 """As in `variants.py`, which imports Prefect; this process does not."""

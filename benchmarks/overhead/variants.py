@@ -21,10 +21,11 @@ import torch
 from benchmarks.marks import mark
 from benchmarks.overhead.in_process import InProcessPool
 from benchmarks.overhead.modules import BenchPolicy, BenchReward, BenchTrainer
-from rlhf_flows import preparation
+from rlhf_flows import attempt as attempts
+from rlhf_flows.attempt.placement import connect_cluster, make_pool, open_pools
 from rlhf_flows.data.batch import collate
 from rlhf_flows.engine import Description, GRPOEngine
-from rlhf_flows.prefect_server import prefect_api
+from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.store import open_run, open_store, scan, take_attempt
 from rlhf_flows.tasks import NoProgress, Runtime, evaluation, param_sync, rollout, scoring, training
 
@@ -86,7 +87,7 @@ def run_variant(name: str, episodes: int) -> None:
 async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
     """The phases as functions, over pools of Ray actors or of workers in this process."""
     engine = _engine().configure(_settings(episodes, folder))
-    checked = preparation.check(_description(engine))
+    checked = attempts.check(_description(engine))
     store = open_store(folder)
     open_run(store, "overhead", config={}, may_change=frozenset())
     attempt = take_attempt(store, "overhead", flow_run_id=None, changed={})
@@ -122,15 +123,13 @@ async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
             await evaluation.fn(runtime, episode + 1)
 
     if name == "ray":
-        cluster = await preparation._connect(checked)
-        opened = preparation._pools(checked, store, "overhead", attempt.number, cluster)
+        cluster = await connect_cluster(checked)
+        opened = open_pools(checked, store, "overhead", attempt.number, cluster)
         async with opened as pools:
             await run(pools)
         return {}
     local = {
-        module: InProcessPool(
-            preparation._pool(checked, store, "overhead", attempt.number, module).spec
-        )
+        module: InProcessPool(make_pool(checked, store, "overhead", attempt.number, module).spec)
         for module in checked.modules
     }
     for kind, dataset in (("train", checked.dataset), ("eval", checked.eval_dataset)):

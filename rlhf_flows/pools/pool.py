@@ -250,8 +250,8 @@ class Pool:
     # ---- datasets -------------------------------------------------------------------------
 
     async def set_dataset(self, kind: str, digest: str, rows: Any) -> None:
-        """Every replica builds the dataset of `rows` (a reference), unless it has it."""
-        self._datasets[kind] = (digest, rows)
+        """Every replica builds the dataset of `rows`, unless it has it."""
+        self._datasets[kind] = (digest, ray.put(list(rows)))
         await asyncio.gather(*(self._give_datasets(r) for r in self._replicas))
 
     async def _give_datasets(self, replica: Replica) -> None:

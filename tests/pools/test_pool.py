@@ -188,7 +188,6 @@ class Killable(ToyPolicy):
 async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     make_pool: MakePool, tmp_path: Path
 ) -> None:
-    import ray
 
     pool = make_pool(Killable("policy", tmp_path / "kill"), max_restarts=1)
     brought: list[tuple[int, int]] = []
@@ -205,7 +204,7 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
 
     pool.bring_to = bring_to
     await pool.open()
-    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    await pool.set_dataset("train", "digest", ROWS)
     (tmp_path / "kill").touch()
 
     async def shard(index: int) -> Any:
@@ -248,11 +247,10 @@ class Slow(Plain):
 
 
 async def test_waits_end_and_name_what_they_waited_for(make_pool: MakePool) -> None:
-    import ray
 
     pool = make_pool(Slow("slow"))
     await pool.open()
-    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    await pool.set_dataset("train", "digest", ROWS)
     call = replace(rollout_call(0, 0), version=None, commit=None)
     pid = pids(pool)[0]
     working = asyncio.create_task(
@@ -276,11 +274,10 @@ async def test_what_user_code_raises_reaches_the_caller_as_it_is(make_pool: Make
         def forward_step(self, data: Any, iteration: int = 0) -> Any:
             raise TimeoutError("the judge did not answer")
 
-    import ray
 
     pool = make_pool(Raises("raises"))
     await pool.open()
-    await pool.set_dataset("train", "digest", ray.put(ROWS))
+    await pool.set_dataset("train", "digest", ROWS)
     call = replace(rollout_call(0, 0), version=None, commit=None)
     with pytest.raises(ShardError, match="TimeoutError: the judge did not answer"):
         await pool.call("forward", call, what="shard 0", timeout_s=20, num_returns=3)

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from rlhf_flows.run_board import Curve
+from rlhf_flows.reporting.run_board import Curve
 
 __all__ = ["draw"]
 

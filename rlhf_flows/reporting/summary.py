@@ -4,15 +4,32 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from rlhf_flows.deployments.recipe import RecipeResult
+from rlhf_flows.flow import RunResult
 
-__all__ = ["print_summary", "summarize", "write_summary"]
+__all__ = ["RecipeResult", "print_summary", "summarize", "write_summary"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecipeResult:
+    """What a recipe did: its last run, and what to say of it."""
+
+    recipe: str
+    run: RunResult
+    sampler: str = ""
+    """What sampled, with its version."""
+    objective: str = "reward"
+    """The metric of the evaluations that says how good the policy is."""
+    seconds: Mapping[str, float]
+    """By phase, over all runs of the recipe."""
+    next_steps: Sequence[str] = ()
+    """Commands to try."""
 
 
 def summarize(result: RecipeResult, *, total_seconds: float, flow_run_url: str) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rlhf_flows.config import RuntimeConfig
-from rlhf_flows.curves import draw
-from rlhf_flows.run_board import Curve, RunBoard
+from rlhf_flows.reporting.curves import draw
+from rlhf_flows.reporting.run_board import Curve, RunBoard
 
 PHASES = {
     "rollout": range(3),

@@ -17,8 +17,8 @@ from prefect.context import FlowRunContext
 from prefect.logging import disable_run_logger
 from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-from rlhf_flows.artifacts import ArtifactProgress, FanOut
 from rlhf_flows.config import EngineConfig
+from rlhf_flows.reporting.artifacts import ArtifactProgress, FanOut
 from rlhf_flows.store import RunLayout, commit_json, open_store, scan
 from rlhf_flows.tasks import NoProgress, Runtime
 

@@ -26,9 +26,9 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.logging import get_run_logger
 
-from rlhf_flows.curves import draw
 from rlhf_flows.flow import phases_of
-from rlhf_flows.run_board import RunBoard
+from rlhf_flows.reporting.curves import draw
+from rlhf_flows.reporting.run_board import RunBoard
 from rlhf_flows.store import read_json
 from rlhf_flows.tasks import Progress, Runtime
 

@@ -1,0 +1,85 @@
+"""The run in its store: a store that keeps its promise, a name that is free or one's own."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from typing import Any
+
+from rlhf_flows.attempt.description import Checked
+from rlhf_flows.config import MAY_CHANGE, EngineConfig
+from rlhf_flows.errors import ConfigError, StoreError, StoreUnavailableError
+from rlhf_flows.store import (
+    ObjectStore,
+    RunRecord,
+    check_run_name,
+    open_run,
+    open_store,
+    probe_put_if_absent,
+)
+
+__all__ = ["check_store", "claim_run", "new_run_name", "open_probed_store"]
+
+
+def new_run_name(recipe: str) -> str:
+    """A name that sorts by time, for a run that was given none."""
+    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
+
+
+def check_store(checked: Checked) -> None:
+    """Whether the store can be used, and the run's name is free or of this configuration."""
+    if checked.config.run_name is None:
+        open_probed_store(checked.config)
+    else:
+        claim_run(checked, check_run_name(checked.config.run_name))
+
+
+def open_probed_store(config: EngineConfig) -> ObjectStore:
+    """The store, which holds its promise. Raises ConfigError, StoreProbeError."""
+    try:
+        store = open_store(config.store.url)
+    except StoreUnavailableError:
+        raise
+    except StoreError as e:
+        raise ConfigError(f"store.url cannot be used: {e}") from e
+    if not config.store.single_writer:
+        probe_put_if_absent(store)
+    return store
+
+
+def claim_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
+    """The store, probed, and the run in it: new, or one of the same configuration.
+
+    Raises RunConflictError for a name of another configuration.
+    """
+    store = open_probed_store(checked.config)
+    identity, may_change = _identity(checked), _may_change(checked)
+    return store, open_run(store, run, config=identity, may_change=may_change)
+
+
+def _identity(checked: Checked) -> dict[str, Any]:
+    """What makes two starts the same run."""
+    return {
+        "recipe": checked.description.name,
+        **checked.config.model_dump(mode="json", exclude={"run_name", "models"}),
+        # Said or not, a module's placement is the same.
+        "models": {
+            name: checked.config.for_model(name).model_dump(mode="json") for name in checked.modules
+        },
+        "flows": {
+            part: [n.label for n in graph.nodes]
+            for part, graph in (
+                ("environment", checked.environment),
+                ("trainer", checked.trainer),
+                ("evaluator", checked.evaluator),
+            )
+            if graph is not None
+        },
+    }
+
+
+def _may_change(checked: Checked) -> frozenset[str]:
+    names = set()
+    for field in MAY_CHANGE:
+        names |= {field.replace("*", name) for name in checked.modules}
+    return frozenset(names)

@@ -1,0 +1,158 @@
+"""Modules on a cluster: what they ask for, whether it fits, their pools opened and released."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+
+import cloudpickle
+import psutil
+
+from rlhf_flows.attempt.description import Checked
+from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
+from rlhf_flows.errors import UserError
+from rlhf_flows.modules.base import BaseModule, ModuleContext
+from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
+from rlhf_flows.pools.resources import check_fits
+from rlhf_flows.store import ObjectStore, check_fence
+from rlhf_flows.tasks.dispatch import together
+
+__all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
+
+
+def wanted_resources(
+    config: EngineConfig, modules: Mapping[str, BaseModule]
+) -> dict[str, list[tuple[str, float]]]:
+    """What each module reserves, by resource."""
+    wanted: dict[str, list[tuple[str, float]]] = {"CPU": [], "GPU": [], "memory": []}
+    for name in modules:
+        model = config.for_model(name)
+        ranks = model.num_replica * model.ranks_per_replica
+        wanted["CPU"].append((name, model.num_cpu * ranks))
+        wanted["GPU"].append((name, model.num_gpu * ranks))
+        wanted["memory"].append((name, model.memory_bytes * ranks))
+    return wanted
+
+
+def check_fits_here(config: EngineConfig, modules: Mapping[str, BaseModule]) -> None:
+    """A local head offers this machine: what is more than that need not be started to be known."""
+    have = {
+        "CPU": float(config.cluster.num_cpus or default_threads()),
+        "memory": float(psutil.virtual_memory().total),
+    }
+    for resource, asks in wanted_resources(config, modules).items():
+        if resource in have:
+            check_fits(resource, asks, have=have[resource], where="this machine")
+
+
+async def connect_cluster(checked: Checked) -> Cluster:
+    """The cluster, which can hold what the modules ask for. Raises ResourcesError, PoolError."""
+    cluster = await connect(checked.config.cluster)
+    for resource, asks in wanted_resources(checked.config, checked.modules).items():
+        have = cluster.resources.get(resource, 0.0)
+        check_fits(resource, asks, have=have, where=f"the cluster at {cluster.address}")
+    return cluster
+
+
+@contextlib.asynccontextmanager
+async def open_pools(
+    checked: Checked, store: ObjectStore, run: str, attempt: int, cluster: Cluster
+) -> AsyncIterator[dict[str, Pool]]:
+    """Opens every pool, keeps their lease, and releases what should not outlive the attempt."""
+    pools = {name: make_pool(checked, store, run, attempt, name) for name in checked.modules}
+    keeper: asyncio.Task[None] | None = None
+    done = False
+    try:
+        async with together() as group:
+            for pool in pools.values():
+                group.create_task(pool.open())
+        for kind, dataset in (("train", checked.dataset), ("eval", checked.eval_dataset)):
+            if dataset is not None:
+                for owner in dataset.owners:
+                    await pools[owner].set_dataset(kind, dataset.info.digest, dataset.rows)
+        keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
+        yield pools
+        done = True
+    except UserError:
+        done = True  # waiting with loaded models for the same mistake helps nobody
+        raise
+    finally:
+        if keeper is not None:
+            keeper.cancel()
+        if done or cluster.is_local:
+            for pool in pools.values():
+                pool.release()
+
+
+def make_pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name: str) -> Pool:
+    """The pool of one module, not open yet."""
+    config, module = checked.config, checked.modules[name]
+    model = config.for_model(name)
+    threads = model.num_threads or module.default_threads or default_threads()
+    context = ModuleContext(
+        seed=config.runtime.seed,
+        num_threads=threads,
+        model_args=model.model_dump(mode="json"),
+        runtime_args=config.runtime.model_dump(mode="json"),
+    )
+    spec = PoolSpec(
+        run=run,
+        module=cloudpickle.dumps(module),
+        module_name=name,
+        store_url=store.url,
+        context=context,
+        num_replica=model.num_replica,
+        ranks_per_replica=model.ranks_per_replica,
+        num_gpu=model.num_gpu,
+        num_cpu=model.num_cpu,
+        memory_bytes=model.memory_bytes,
+        num_threads=threads,
+        lease_s=config.cluster.lease_s,
+        log_level=config.log_level,
+    )
+    return Pool(
+        spec=replace(spec, digest=_making(spec, module)),
+        attempt=attempt,
+        setup_timeout_s=config.runtime.setup_timeout_s,
+        max_restarts=config.runtime.max_replica_restarts,
+        check_fence=partial(check_fence, store, run, attempt),
+    )
+
+
+def _making(spec: PoolSpec, module: BaseModule) -> str:
+    """Digest of code, configuration and versions: what differs in it must be rebuilt."""
+    digest = hashlib.sha256(module.fingerprint())
+    runtime = {
+        k: v for k, v in spec.context.runtime_args.items() if f"runtime.{k}" not in MAY_CHANGE
+    }
+    what = {
+        "class": f"{type(module).__module__}.{type(module).__qualname__}",
+        "threads": spec.num_threads,
+        "ranks": spec.ranks_per_replica,
+        "gpu": spec.num_gpu,
+        "store": spec.store_url,
+        "runtime": runtime,
+        "versions": {p: _version(p) for p in ("rlhf-flows", "torch", "transformers", "vllm")},
+    }
+    digest.update(json.dumps(what, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+async def _keep_lease(pools: Sequence[Pool], config: EngineConfig) -> None:
+    while True:
+        await asyncio.sleep(config.cluster.lease_s / 4)
+        for pool in pools:
+            await pool.heartbeat()

@@ -1,0 +1,120 @@
+"""A running attempt: the name claimed, the number taken, the pools opened, the phases run.
+
+On the way out the attempt is ended and, where they cannot outlive it or the run is done, the pools
+are released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+
+import prefect
+from prefect.context import FlowRunContext
+
+from rlhf_flows.attempt.checks import check
+from rlhf_flows.attempt.claims import claim_run, new_run_name
+from rlhf_flows.attempt.description import Checked, Description
+from rlhf_flows.attempt.placement import connect_cluster, open_pools
+from rlhf_flows.errors import FencedError
+from rlhf_flows.flow import RunResult, is_finished, run_episodes
+from rlhf_flows.pools import Pool
+from rlhf_flows.reporting.artifacts import shown
+from rlhf_flows.store import check_run_name, end_attempt, scan, take_attempt
+from rlhf_flows.tasks.runtime import Runtime
+
+__all__ = ["run_as_flow"]
+
+
+async def run_as_flow(description: Description) -> RunResult:
+    """Runs as a Prefect flow run, or as part of the flow run that this is called in."""
+    checked = await asyncio.to_thread(check, description)
+    context = FlowRunContext.get()
+    if context is not None and context.flow_run is not None:
+        return await run_attempt(checked, flow_run_id=str(context.flow_run.id))
+
+    run = description.config.run_name or new_run_name(description.name)
+    config = description.config.model_copy(update={"run_name": run})
+    checked = replace(checked, description=replace(description, config=config))
+    # A name that is taken, or a store that cannot be written, is known before anything starts.
+    await asyncio.to_thread(claim_run, checked, run)
+    # The cluster starts while Prefect does.
+    cluster = asyncio.create_task(connect_cluster(checked))
+
+    @prefect.flow(name=description.name, flow_run_name=run, persist_result=False)
+    async def episodes() -> RunResult:
+        """The five phases, episode by episode."""
+        await cluster
+        flow_run = FlowRunContext.get()
+        assert flow_run is not None
+        assert flow_run.flow_run is not None
+        return await run_attempt(checked, flow_run_id=str(flow_run.flow_run.id))
+
+    try:
+        result: RunResult = await episodes()
+    finally:
+        cluster.cancel()
+    return result
+
+
+async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
+    """One attempt of the run: whatever is missing, from what the store holds."""
+    config = checked.config
+    run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
+    store, record = await asyncio.to_thread(claim_run, checked, run)
+    cluster = await connect_cluster(checked)
+    attempt = await asyncio.to_thread(
+        take_attempt,
+        store,
+        run,
+        flow_run_id=flow_run_id,
+        changed=record.changed,
+        takeover=checked.description.takeover,
+    )
+    if checked.description.progress is not None:
+        checked.description.progress.begin(run, config.runtime.num_episode)
+
+    async def runtime(pools: Mapping[str, Pool]) -> Runtime:
+        return Runtime(
+            config=config,
+            run=run,
+            attempt=attempt.number,
+            store=store,
+            state=await asyncio.to_thread(scan, store, run),
+            pools=pools,
+            environment=checked.environment,
+            rollout_nodes=checked.rollout,
+            scoring_nodes=checked.scoring,
+            trainer=checked.trainer,
+            evaluator=checked.evaluator,
+            syncs=checked.syncs,
+            dataset=None if checked.dataset is None else checked.dataset.info,
+            eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
+        )
+
+    outcome = "failed"
+    try:
+        found = await runtime({})
+        name, also = checked.description.name, checked.description.progress
+        async with shown(found, name=name, flow_run_id=flow_run_id, also=also) as progress:
+            if is_finished(found):
+                found.progress = progress
+                result = await run_episodes(found)
+            else:
+                async with open_pools(checked, store, run, attempt.number, cluster) as pools:
+                    # Looked at again, after the pools are claimed: what an older attempt had in
+                    # flight is there now.
+                    working = await runtime(pools)
+                    working.progress = progress
+                    result = await run_episodes(working)
+        outcome = "completed"
+        return replace(result, flow_run_id=flow_run_id)
+    except FencedError:
+        outcome = "fenced"
+        raise
+    except asyncio.CancelledError:
+        outcome = "cancelled"
+        raise
+    finally:
+        await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))

@@ -1,0 +1,1 @@
+"""What people see of a run: the terminal, Prefect's artifacts, a summary, a look at the store."""
