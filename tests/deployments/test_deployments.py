@@ -49,13 +49,13 @@ def prefect(*args: str, **env: str) -> str:
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def wait_for(what: str, ask: Callable[[], T | None], *, timeout_s: float = 120) -> T:
+def wait_for(what: str, ask: Callable[[], T | None], *, timeout_s: float = 300) -> T:
     """The first answer that is something."""
     end = time.monotonic() + timeout_s
     while time.monotonic() < end:
@@ -104,6 +104,8 @@ def test_every_deployment_loads_its_flow_and_belongs_to_the_work_pool() -> None:
     assert {d["work_pool"]["name"] for d in deployments} == {POOL}
 
 
+@pytest.mark.slow  # server, worker, two flow processes and four actors start: a minute and more
+@pytest.mark.timeout(900)
 @pytest.mark.usefixtures("worker")
 def test_a_killed_deployment_run_resumes_on_retry_and_shows_itself(
     client: SyncPrefectClient, services: str, tmp_path: Path
