@@ -180,14 +180,16 @@ def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
     return {name: seconds for part in parts for name, seconds in part.items()}
 
 
+_DEFAULTS = QuickstartConfig()  # not None: the form of the deployment shows the fields at once
+
+
 # Its deployment is `grpo/quickstart`: the flow that the quickstart is an example of.
 @flow(name="grpo", persist_result=False)
-async def quickstart(config: QuickstartConfig | None = None) -> None:
+async def quickstart(config: QuickstartConfig = _DEFAULTS) -> None:
     """A small model learns to sort digits: warm-up, then GRPO."""
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
-    config = config or QuickstartConfig()
     name = config.run_name or f"quickstart-{context.flow_run.id}"
     await _train(config, name, progress=None, takeover=False)
 
