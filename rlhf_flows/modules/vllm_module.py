@@ -248,6 +248,7 @@ class VLLMModule(BaseModule):
             stop_token_ids=sorted({*ends, *settings.stop_token_ids}),
             ignore_eos=True,
             logprobs=0,
+            flat_logprobs=True,  # lists of numbers, not an object for every token
             detokenize=bool(settings.stop),
             skip_clone=True,  # one object for each request, and a copy takes as long as a token
         )
@@ -258,8 +259,10 @@ class VLLMModule(BaseModule):
                 f"vLLM ended a request of module {self.name!r} with {output.finish_reason!r},"
                 " expected 'stop' or 'length'"
             )
-        ids = list(output.token_ids)
-        logprobs = [at[i].logprob for at, i in zip(output.logprobs, ids, strict=True)]
+        ids, flat = list(output.token_ids), output.logprobs
+        # At each position the token that was drawn comes first.
+        logprobs = [flat.logprobs[start] for start in flat.start_indices]
+        assert [flat.token_ids[start] for start in flat.start_indices] == ids
         return Completion(ids=ids, logprobs=logprobs, finish_reason=output.finish_reason)
 
     # ---- weights ----------------------------------------------------------------------------
