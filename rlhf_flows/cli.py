@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
+import psutil
 import typer
 from rich.console import Console
 
@@ -77,7 +78,6 @@ def train(
     from rlhf_flows.services.prefect_server import prefect_api
 
     console = Console()
-    started = time.monotonic()
     chosen.check(loaded)
     with prefect_api() as server:
         if server is not None:
@@ -86,7 +86,7 @@ def train(
             result = asyncio.run(_train(chosen, loaded, server, progress, takeover))
     summary = summarize(
         result,
-        total_seconds=time.monotonic() - started,
+        total_seconds=time.time() - psutil.Process().create_time(),
         flow_run_url=flow_run_url(result.run.flow_run_id),
     )
     if json_file is not None:

@@ -19,7 +19,7 @@ __all__ = ["scoring"]
 @task(name="scoring", task_run_name="scoring {episode}", **PHASE)
 async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
     """Scores the shards of an episode that are not scored, each as soon as it is sampled."""
-    started = time.perf_counter()
+    started: float | None = None
     data = await runtime.episode(episode)
     assert runtime.environment is not None
     phase = PhaseGraph.of("scoring", runtime.environment, runtime.scoring_nodes)
@@ -30,6 +30,9 @@ async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
     runtime.progress.advanced("scoring", episode, data.scored.num_arrived)
 
     async def make(index: int, base: ShardHandle | None) -> NodeReport:
+        nonlocal started
+        # Waiting for the first shard is the rollout's time, not scoring's.
+        started = started or time.perf_counter()
         handle, report = await run_shard(runtime, phase, _job(runtime, data, index, base))
         data.scored.append(handle)
         runtime.progress.advanced("scoring", episode, data.scored.num_arrived)
@@ -45,7 +48,7 @@ async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
             made += [group.create_task(make(index, None)) for index in sorted(missing)]
     reports = [m.result() for m in made]
     metrics = mean_metrics([r.metrics for r in reports])
-    seconds = time.perf_counter() - started
+    seconds = 0.0 if started is None else time.perf_counter() - started
     previews = sorted((r.shard, r.previews) for r in reports)
     runtime.progress.samples(episode, [p for _, some in previews[:2] for p in some])
     runtime.progress.finished("scoring", episode, seconds, metrics)
