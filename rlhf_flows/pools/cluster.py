@@ -128,6 +128,8 @@ def _init(config: ClusterConfig, min_cpus: float) -> None:
         num_cpus=int(max(config.num_cpus or default_threads(), min_cpus)),
         object_store_memory=min(config.object_store_memory_bytes, free // 4),
         include_dashboard=False,
+        # Workers started in advance fit no actor of ours: each has its own environment.
+        _system_config={"prestart_worker_first_driver": False},
         **common,
     )
 
