@@ -84,8 +84,11 @@ def _compare(name: str, work: Work, root: Path, trl: str | None, *, rounds: int)
         if trl is not None:
             runs.setdefault("trl", []).append(_run("trl_side", work, root, trl))
         rates.append(_rate(work))
-    rarely = replace(work, save_interval=10)
-    runs["ours, full checkpoint every 10"] = [_run("ours", rarely, root, sys.executable)]
+    for label, other in (
+        ("ours, full checkpoint every 10", replace(work, save_interval=10)),
+        ("ours, two samplers", replace(work, samplers=2)),
+    ):
+        runs[label] = [_run("ours", other, root, sys.executable)]
     floor = _floor(work, rates)
     _print_table(work, runs, floor)
     return {

@@ -15,8 +15,6 @@ from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
 from benchmarks.marks import mark
 from rlhf_flows.tasks import NoProgress
 
-_SAMPLERS = 1
-
 
 class Marks(NoProgress):
     """The `Progress` of a run, told to `__main__`.
@@ -73,7 +71,7 @@ def main(work: Work) -> None:
         generation=settings,
         dtype=work.dtype,
         max_model_len=128,
-        max_num_seqs=512,
+        max_num_seqs=work.samples_per_step // work.samplers,
     )
     trainer = PolicyTrainer(
         "trainer",
@@ -102,12 +100,13 @@ def main(work: Work) -> None:
                 "num_episode": work.warmup + work.steps,
                 "sample_per_episode": work.samples_per_step,
                 "num_inference_per_prompt": work.samples,
+                "generation_batch_size": work.samples_per_step // work.samplers,
                 "data_shuffle": False,
                 "save_episode_interval": work.save_interval,
                 "seed": work.seed,
             },
             models={
-                "policy": {"num_replica": _SAMPLERS},
+                "policy": {"num_replica": work.samplers},
                 "trainer": {"num_threads": work.threads},
                 "reference": {"num_threads": work.threads},
                 "reward": {"num_threads": 1},

@@ -36,6 +36,8 @@ class Work:
     threads: int = 2
     save_interval: int = 1
     """Steps between full checkpoints (ours; TRL saves none)."""
+    samplers: int = 1
+    """Replicas that sample, one thread each; an episode has as many shards (ours)."""
     micro_batch: int = 64
     """Sequences of one pass (TRL; ours cuts by tokens)."""
 
