@@ -10,9 +10,11 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.tasks import NoProgress, training
 from tests.end_to_end.whole_run import learn, toy_engine
 
@@ -66,14 +68,18 @@ def main(settings: dict[str, Any]) -> None:
     point = settings["die"]
     around_commit(point)
     engine = toy_engine(log=Path(settings["log"]))
-    learn(
-        engine,
-        Path(settings["store"]),
-        settings["run"],
-        address=settings["address"],
-        progress=Bomb(point),
-        **settings["runtime"],
-    )
+    with prefect_api() as server:  # as the command line does
+        if server is not None:
+            server.wait()
+        learn(
+            engine,
+            Path(settings["store"]),
+            settings["run"],
+            address=settings["address"],
+            progress=Bomb(point),
+            **settings["runtime"],
+        )
+        print(f"finished at {time.time()}", flush=True)
 
 
 if __name__ == "__main__":
