@@ -12,7 +12,6 @@ from rlhf_flows.errors import StoreDamageError
 from rlhf_flows.store import open_store, scan
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
-    assert_same_bits,
     commits,
     evaluated_versions,
     learn,
@@ -49,7 +48,7 @@ def forget(store: Path, run: str, *patterns: str) -> None:
             path.unlink()
 
 
-def test_a_finished_run_does_nothing_and_more_episodes_go_on_from_it(
+def test_a_finished_run_does_nothing_and_more_episodes_with_more_replicas_go_on_from_it(
     store: Path, five: str, tmp_path: Path
 ) -> None:
     log = tmp_path / "calls"
@@ -62,11 +61,32 @@ def test_a_finished_run_does_nothing_and_more_episodes_go_on_from_it(
     assert again.seconds.get("rollout", 0.0) == 0.0
     assert (lines_of(log), shard_digests(store, "grown")) == (calls, shards)
 
-    more = learn(toy_engine(log=log), store, "grown", num_episode=5)
+    two = {"policy": {"num_replica": 2}}
+    more = learn(toy_engine(log=log), store, "grown", num_episode=5, models=two)
     assert (more.version, more.resumed_at) == (5, 3)
     assert weight_digests(store, "grown") == weight_digests(store, five)
     assert_exactly_once(store, "grown", episodes=5)
     assert evaluated_versions(store, "grown") == [0, 3, 5]
+    changed = json.loads((store / "grown/attempts/000003.json").read_text())["changed"]
+    assert "models.policy.num_replica" in str(changed)
+    assert_only_the_newest_are_kept(store, "grown", kept=(4, 5), deleted=(1, 2, 3))
+
+
+def assert_only_the_newest_are_kept(
+    store: Path, run: str, *, kept: tuple[int, ...], deleted: tuple[int, ...]
+) -> None:
+    """Weights and training states, those of earlier attempts included; what went is recorded."""
+
+    def folders(prefixes: frozenset[str]) -> list[list[str]]:
+        return sorted(prefix.split("/")[1:3] for prefix in prefixes)
+
+    def expected(versions: tuple[int, ...]) -> list[list[str]]:
+        kinds = ("checkpoints", "weights")
+        return sorted([kind, f"version={v:06d}"] for kind in kinds for v in versions)
+
+    state = scan(open_store(store), run)
+    assert folders(state.folders) == expected(kept)
+    assert folders(state.deleted) == expected(deleted)
 
 
 def test_between_full_checkpoints_a_resume_trains_again_to_the_committed_digests(
@@ -108,14 +128,6 @@ def test_a_lost_shard_is_made_again_byte_for_byte(store: Path, five: str) -> Non
     assert weight_digests(store, "lost") == weight_digests(store, five)[:3]
 
 
-def test_a_resume_with_other_replicas_gives_the_same_bits(store: Path, five: str) -> None:
-    learn(toy_engine(), store, "moved", num_episode=2)
-    learn(toy_engine(), store, "moved", num_episode=5, models={"policy": {"num_replica": 2}})
-    assert weight_digests(store, "moved") == weight_digests(store, five)
-    changed = json.loads((store / "moved/attempts/000002.json").read_text())["changed"]
-    assert "models.policy.num_replica" in str(changed)
-
-
 def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: str) -> None:
     settings: dict[str, Any] = {"max_staleness": 1, "eval_episode_interval": 1, "keep_last": 3}
     learn(toy_engine(), store, "lagging", num_episode=4, **settings)
@@ -129,24 +141,3 @@ def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: st
     learn(toy_engine(), store, "lagging", num_episode=4, **settings)
     assert evaluated_versions(store, "lagging") == [0, 1, 2, 3, 4]
     assert shard_digests(store, "lagging") == shards
-
-
-def test_old_weights_and_states_are_deleted_and_recorded_also_after_a_resume(
-    store: Path, five: str
-) -> None:
-    learn(toy_engine(eval_rows=0), store, "kept", num_episode=3)
-    learn(toy_engine(eval_rows=0), store, "kept", num_episode=5)
-    state = scan(open_store(store), "kept")
-    there = sorted(f.split("/")[1:3] for f in state.folders)
-    assert there == sorted(
-        [kind, f"version=00000{v}"] for kind in ("checkpoints", "weights") for v in (4, 5)
-    )
-    deleted = sorted(f.split("/")[1:3] for f in state.deleted)
-    assert deleted == sorted(
-        [kind, f"version=00000{v}"] for kind in ("checkpoints", "weights") for v in (1, 2, 3)
-    )
-
-
-def test_two_runs_of_one_configuration_are_the_same_to_the_bit(store: Path, five: str) -> None:
-    learn(toy_engine(), store, "again", num_episode=5)
-    assert_same_bits(store, "again", reference=five)

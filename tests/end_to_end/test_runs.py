@@ -17,7 +17,6 @@ from rlhf_flows.errors import (
     ShardError,
 )
 from tests.end_to_end.whole_run import (
-    RUNTIME,
     assert_exactly_once,
     assert_same_bits,
     commits,
@@ -121,13 +120,6 @@ def test_another_shard_size_gives_the_same_samples_and_weights(plain: Any, store
     assert weight_digests(store, "wide") == weight_digests(store, "plain")
     assert samples(store, "wide").equals(samples(store, "plain"))
     assert len(shard_digests(store, "wide")) == 3 * 2 * 2
-
-
-def test_another_seed_gives_other_samples(plain: Any, store: Path) -> None:
-    learn(toy_engine(eval_rows=0), store, "seed", num_episode=1, seed=1)
-    mine, others = samples(store, "seed"), samples(store, "plain").query("episode == 0")
-    assert not mine["seed"].equals(others["seed"])
-    assert list(mine["completion"]) != list(others["completion"])
 
 
 def test_staleness_one_samples_from_the_version_before(store: Path) -> None:
@@ -319,7 +311,3 @@ def test_another_configuration_under_an_old_name_is_refused_with_the_difference(
 def test_a_changed_dataset_is_refused_on_resume(plain: Any, store: Path) -> None:
     with pytest.raises(DataError, match="resume with the same prompts"):
         learn(toy_engine(rows=63), store, "plain", eval_episode_interval=1, num_episode=4)
-
-
-def test_the_whole_runtime_of_these_tests_is_what_they_say() -> None:
-    assert RUNTIME["sample_per_episode"] // RUNTIME["generation_batch_size"] == 4
