@@ -274,7 +274,6 @@ async def test_what_user_code_raises_reaches_the_caller_as_it_is(make_pool: Make
         def forward_step(self, data: Any, iteration: int = 0) -> Any:
             raise TimeoutError("the judge did not answer")
 
-
     pool = make_pool(Raises("raises"))
     await pool.open()
     await pool.set_dataset("train", "digest", ROWS)
