@@ -15,6 +15,7 @@ import os
 import select
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -63,6 +64,8 @@ class CpuTree:
         libc = ctypes.CDLL(None, use_errno=True)
         if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
             raise OSError(ctypes.get_errno(), "prctl(PR_SET_CHILD_SUBREAPER) failed")
+        # Ended from outside, this process still ends what it measures.
+        self._before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
         times = os.times()
         self._reaped_s = times.children_user + times.children_system
         with self._errors.open("w") as errors:
@@ -84,6 +87,7 @@ class CpuTree:
         traceback: TracebackType | None,
     ) -> None:
         self._end_all()
+        signal.signal(signal.SIGTERM, self._before)
         if self._group is not None:
             with contextlib.suppress(OSError):
                 self._group.rmdir()

@@ -47,7 +47,9 @@ def main() -> None:
     print(one_line(machine))
     results: dict[str, Any] = {"machine": machine}
     if args.learn:
-        results["learning"] = _learn(root, trl, steps=args.steps or LEARNING_STEPS)
+        results["learning"] = _learn(
+            root, trl, steps=args.steps or LEARNING_STEPS, seeds=args.rounds
+        )
     else:
         for name in MODELS if args.model == "both" else [args.model]:
             work = Work(
@@ -174,7 +176,7 @@ def _listed(values: dict[str, float]) -> str:
     return ", ".join(f"{name} {value:.2f}" for name, value in values.items())
 
 
-def _learn(root: Path, trl: str | None, *, steps: int) -> dict[str, Any]:
+def _learn(root: Path, trl: str | None, *, steps: int, seeds: int) -> dict[str, Any]:
     """The reward of each step, by both sides, from the same weights on the same prompts."""
     work = Work(
         model=str(build_model("tiny", root)),
@@ -184,7 +186,7 @@ def _learn(root: Path, trl: str | None, *, steps: int) -> dict[str, Any]:
         save_interval=10,
     )
     found: dict[str, Any] = {"work": asdict(work), "runs": []}
-    for seed in (7, 8):
+    for seed in range(7, 7 + seeds):
         seeded = replace(work, seed=seed)
         sides = [_run("ours", seeded, root, sys.executable)]
         if trl is not None:
