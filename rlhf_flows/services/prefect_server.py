@@ -38,6 +38,12 @@ _IDLE_SERVICES = (
     "TRIGGERS",
 )
 """What schedules, watches workers or fires automations: of no use to one run."""
+_RECORDER = {
+    # One insert for all that happened within a second, not one for each change of a task's state:
+    # 10 ms of CPU time a task instead of 26, and at the end of a run nothing waits to be written.
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_BATCH_SIZE": "200",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_FLUSH_INTERVAL": "1",
+}
 
 
 class PrefectServer:
@@ -64,6 +70,7 @@ class PrefectServer:
         environment = {
             **os.environ,
             **services,
+            **_RECORDER,
             "PREFECT_UI_API_URL": self.api_url,
             "PREFECT_UI_SERVE_BASE": "/",
             "PREFECT__SERVER_FINAL": "1",
@@ -104,7 +111,7 @@ class PrefectServer:
         )
 
     def stop(self) -> None:
-        """Ends the process; its database is complete at any time."""
+        """Ends the process, which writes what it still holds."""
         if self._process.poll() is None:
             self._process.terminate()
             try:
