@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import duckdb
 import pandas as pd
 import pytest
 import torch
 
 from rlhf_flows.data import to_parquet
+from tests.duckdb_process import query
 
 SHARDS = [
     {
@@ -40,7 +40,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_duckdb_sees_lists_of_numbers_over_all_shards(folder: Path) -> None:
     files = f"'{folder}/episodes/*/rollout/*.parquet'"
-    found = duckdb.sql(f"describe select * from {files}").fetchall()
+    found = query(f"describe select * from {files}")
     assert {name: kind for name, kind, *_ in found} == {
         "sample_id": "VARCHAR",
         "group": "BIGINT",
@@ -55,14 +55,14 @@ def test_duckdb_sees_lists_of_numbers_over_all_shards(folder: Path) -> None:
         "right": "BOOLEAN",
         "episode": "VARCHAR",  # of the folder, with its leading zeros
     }
-    rows = duckdb.sql(
+    rows = query(
         f"select response_ids, behaviour_logprobs, hidden, half, info->>'$.steps[1]', note "
         f"from {files} order by sample_id"
-    ).fetchall()
-    assert rows[0] == ([], [], [0.5, 0.5], 1.5, "0", None)
-    assert rows[2] == ([0, 1], [0.0, -1.0], [0.5, 0.5], 1.5, "2", "text")
-    mean = duckdb.sql(f"select avg(reward), avg(len(response_ids)) from {files}").fetchall()
-    assert mean == [(1.0, 1.0)]
+    )
+    assert rows[0] == [[], [], [0.5, 0.5], 1.5, "0", None]
+    assert rows[2] == [[0, 1], [0.0, -1.0], [0.5, 0.5], 1.5, "2", "text"]
+    mean = query(f"select avg(reward), avg(len(response_ids)) from {files}")
+    assert mean == [[1.0, 1.0]]
 
 
 def test_pandas_sees_arrays_of_numbers(folder: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 
 from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
@@ -16,6 +15,7 @@ from rlhf_flows.errors import (
     RunConflictError,
     ShardError,
 )
+from tests.duckdb_process import query
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     assert_same_bits,
@@ -94,14 +94,14 @@ def test_the_policy_gets_better_and_is_evaluated_before_during_and_after(
 
 def test_duckdb_reads_the_episodes_of_a_run(plain: Any, store: Path) -> None:
     glob = f"{store}/plain/episodes/*/{{}}/*.parquet"
-    rows = duckdb.sql(
+    rows = query(
         f"""select episode, count(*), count(distinct sample_id), min(policy_version),
                    max(policy_version), avg(reward)
             from read_parquet('{glob.format("rollout")}', hive_partitioning=true) as sampled
             join read_parquet('{glob.format("scoring")}', hive_partitioning=true) as scored
             using (episode, sample_id) group by episode order by 1"""
-    ).fetchall()
-    assert [row[1:5] for row in rows] == [(32, 32, e, e) for e in range(3)]
+    )
+    assert [row[1:5] for row in rows] == [[32, 32, e, e] for e in range(3)]
 
 
 def test_another_number_of_replicas_gives_the_same_bits(plain: Any, store: Path) -> None:
