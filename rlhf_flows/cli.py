@@ -41,9 +41,6 @@ def main() -> None:
     except RlhfFlowsError as e:
         Console(stderr=True).print(f"error: {e}", style="red", markup=False, highlight=False)
         sys.exit(2 if isinstance(e, UserError) else 1)
-    except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: start again with the same run_name to resume")
-        sys.exit(130)
 
 
 @app.command()
@@ -83,7 +80,13 @@ def train(
         if server is not None:
             console.print(f"while it runs, its pages are at {server.url}", soft_wrap=True)
         with TerminalProgress(console, num_episode=loaded.runtime.num_episode) as progress:
-            result = asyncio.run(_train(chosen, loaded, server, progress, takeover))
+            try:
+                result = asyncio.run(_train(chosen, loaded, server, progress, takeover))
+            except KeyboardInterrupt:
+                Console(stderr=True).print(
+                    "interrupted: start again with the same run_name to resume"
+                )
+                raise typer.Exit(130) from None
     summary = summarize(
         result,
         total_seconds=time.time() - psutil.Process().create_time(),
