@@ -103,8 +103,11 @@ def _compare(name: str, work: Work, root: Path, trl: str | None, *, rounds: int)
 
 def _run(side: SideName, work: Work, root: Path, python: str) -> Measured:
     found = measure(side, work, python=python, log=root / f"{side}.log")
+    how = "TRL"
+    if side == "ours":
+        how = f"ours, full checkpoint every {work.save_interval}, {work.samplers} sampler(s)"
     print(
-        f"  {side:9} {found.mean_cpu_s:7.2f} CPU-s a step, {found.mean_wall_s:7.2f} s,"
+        f"  {how:44} {found.mean_cpu_s:7.2f} CPU-s a step, {found.mean_wall_s:7.2f} s,"
         f" load {os.getloadavg()[0]:.1f}",
         flush=True,
     )
