@@ -15,15 +15,20 @@ edge from training of e, so they overlap. There is no second scheduler.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Coroutine
 from dataclasses import dataclass, field
 from typing import Any
 
+from rlhf_flows.errors import TransientError
 from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
 from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.evaluation import evaluation_digest
+from rlhf_flows.tasks.retention import retain
 
 __all__ = ["RunResult", "is_finished", "phases_of", "run_episodes"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -165,8 +170,22 @@ class _Phases:
             # Not an edge of the graph: a Prefect task run that only waits would count as running.
             data = await self.runtime.episode(episode)
             await _first_shard(data.scored)
+        if episode + 1 < self.last:
+            # Nothing of the next plan hangs on this training: nobody waits for it later.
+            self._start("plan", episode + 1, self._plan(episode + 1))
         self._count("training", await training(self.runtime, episode))
         self.runtime.forget(episode)
+        self._start("retention", episode + 1, self._retention(episode + 1))
+
+    async def _plan(self, episode: int) -> None:
+        await self.runtime.episode(episode)
+
+    async def _retention(self, version: int) -> None:
+        await self._after(("retention", version - 1))
+        try:
+            await retain(self.runtime, newest=version)
+        except TransientError as e:
+            logger.warning("old weights were not deleted, the next version tries again: %s", e)
 
     async def _sync(self, version: int) -> None:
         staleness = self.runtime.config.runtime.max_staleness

@@ -85,7 +85,7 @@ async def _run_nodes(
     outputs: dict[int, Any] = {}
     if job.base is not None:
         usable = job.base.ref is not None and not from_store
-        outputs[BATCH] = job.base.ref if usable else StoredShard(keys=(job.base.key,))
+        outputs[BATCH] = job.base.ref if usable else StoredShard(key=job.base.key)
     inside = {n.id for n in phase.nodes}
     last = phase.nodes[-1]
     for node in phase.nodes:
@@ -113,6 +113,7 @@ async def _run_nodes(
             options=node.options,
             inputs=tuple(dict.fromkeys(inputs)),
             source=job.source if takes_source else None,
+            keep_source=takes_source and not is_last,
             merged=tuple(tables.add(outputs[i]) for i in merged),
             base=tables.add(outputs[BATCH]) if is_last and job.base is not None else None,
             version=job.versions.get(node.module),
@@ -129,7 +130,7 @@ async def _run_nodes(
             num_returns=3,
         )
         outputs[node.id] = table
-        if takes_source:
+        if takes_source and not is_last:
             outputs[BATCH] = source
     handle = ShardHandle(index=job.index, key=report.key, rows=report.rows, ref=outputs[last.id])
     return handle, report

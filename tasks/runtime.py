@@ -262,7 +262,7 @@ class Runtime:
         what = f"loading the weights of version {version}"
         source = await self.weights_of(module, version)
         if source is not None:
-            await pool.on_replica(
+            replica.state = await pool.on_replica(
                 replica,
                 "receive_weights",
                 self.attempt,
@@ -273,10 +273,9 @@ class Runtime:
             )
         else:
             record = replace(await self.checkpoint_of(module, version), state=None)
-            await pool.on_replica(
+            replica.state = await pool.on_replica(
                 replica, "restore", self.attempt, record, version, what=what, timeout_s=timeout_s
             )
-        await pool.refresh(replica)
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

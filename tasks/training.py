@@ -23,7 +23,6 @@ from rlhf_flows.graph import Node
 from rlhf_flows.pools import CheckpointRecord, Pool, Source, StoredShard, TrainCall, TrainRows
 from rlhf_flows.pools.pool import Replica
 from rlhf_flows.store import commit_json
-from rlhf_flows.tasks.retention import retain
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 
@@ -40,8 +39,8 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     metrics = await _train_episode(runtime, data, nodes, report=True)
     records = await _checkpoints(runtime, nodes, version=episode + 1)
     await _commit(runtime, data, records, metrics, time.perf_counter() - started)
-    await asyncio.gather(*(_committed(runtime, node, episode + 1) for node in nodes))
-    await retain(runtime, newest=episode + 1)
+    for node in nodes:
+        _committed(runtime, node, episode + 1)
     seconds = time.perf_counter() - started
     runtime.progress.finished("training", episode, seconds, metrics)
     return {"episode": episode, "version": episode + 1, "seconds": seconds, **metrics}
@@ -99,13 +98,13 @@ async def _step(
     needed = {part.shard for batch in (rows if whole else [rows[index]]) for part in batch}
     new = sorted(needed - given)
     timeout_s = runtime.config.runtime.train_timeout_s
-    tables: list[Any] = []
+    tables: list[list[Any]] = []
     sources: list[tuple[int, Source]] = []
     if runtime.environment is None:
         sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in new]
     else:
         for handle in await data.scored.wait_for(new, timeout_s=timeout_s):
-            tables.append(_table(data, handle))
+            tables.append(_tables(data, handle))
     call = TrainCall(
         attempt=runtime.attempt,
         episode=episode,
@@ -116,7 +115,7 @@ async def _step(
         method=node.method,
         rows=rows[index],
         episode_rows=tuple(rows) if whole and index == 0 else None,
-        shards=() if sources else tuple(new),
+        shards=tuple((i, len(some)) for i, some in zip(new, tables, strict=False)),
         sources=tuple(sources),
     )
     pool, replica = _trainer(runtime, node)
@@ -124,7 +123,7 @@ async def _step(
     metrics: Mapping[str, float] = await pool.call(
         "train",
         call,
-        *tables,
+        *(table for some in tables for table in some),
         what=f"step {index + 1} of {len(rows)} of training of episode {episode} ({node.label})",
         timeout_s=timeout_s,
     )
@@ -132,14 +131,12 @@ async def _step(
     return metrics
 
 
-def _table(data: EpisodeData, handle: ShardHandle) -> Any:
-    if handle.ref is not None:
-        return handle.ref
-    if data.scored is data.rollout:
-        return StoredShard(keys=(handle.key,))
-    if handle.index in data.rollout.missing:  # nothing was sampled: the environment only scores
-        return StoredShard(keys=(handle.key,))
-    return StoredShard(keys=(data.rollout[handle.index].key, handle.key))
+def _tables(data: EpisodeData, handle: ShardHandle) -> list[Any]:
+    """A scored shard in its parts: what was sampled, if anything was, and what was scored."""
+    parts = [handle]
+    if data.scored is not data.rollout and handle.index not in data.rollout.missing:
+        parts.insert(0, data.rollout[handle.index])
+    return [StoredShard(key=part.key) if part.ref is None else part.ref for part in parts]
 
 
 def _rows(batch: Sequence[GroupRef], group_size: int) -> tuple[TrainRows, ...]:
@@ -174,7 +171,7 @@ async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
         await pool.rebuild(replica)
     else:
         record = await runtime.checkpoint_of(node.module, base)
-        await pool.call(
+        replica.state = await pool.call(
             "restore",
             runtime.attempt,
             record,
@@ -182,7 +179,6 @@ async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
             what=f"restoring version {base} of {node.module}",
             timeout_s=timeout_s,
         )
-        await pool.refresh(replica)
     for episode in range(base, version):
         await _train_again(runtime, node, episode)
 
@@ -213,7 +209,7 @@ async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
             " machine type and thread count of the commit, or set"
             " runtime.save_episode_interval=1 for runs that move"
         )
-    await _committed(runtime, node, episode + 1)
+    _committed(runtime, node, episode + 1)
     runtime.forget(episode)
 
 
@@ -285,15 +281,11 @@ def _row_counts(metrics: Mapping[str, float]) -> dict[str, int]:
     }
 
 
-async def _committed(runtime: Runtime, node: Node, version: int) -> None:
+def _committed(runtime: Runtime, node: Node, version: int) -> None:
+    """Tells the trainer. Its calls run in order, so that its next one knows; no answer is needed:
+    one that died is found at its next call, and comes back from the commit."""
     pool, replica = _trainer(runtime, node)
-    await pool.call(
-        "committed",
-        runtime.attempt,
-        version,
-        what=f"telling {node.module} that version {version} is committed",
-        timeout_s=60.0,
-    )
+    pool.tell(replica, "committed", version)
     replica.state = replace(replica.state, version=version, clean=True)
 
 

@@ -28,6 +28,7 @@ from rlhf_flows.engine import Description, GRPOEngine
 from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.store import open_run, open_store, scan, take_attempt
 from rlhf_flows.tasks import NoProgress, Runtime, evaluation, param_sync, rollout, scoring, training
+from rlhf_flows.tasks.retention import retain
 
 __all__ = ["run_variant"]
 
@@ -118,6 +119,7 @@ async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
             await rollout.fn(runtime, episode)
             await scoring.fn(runtime, episode)
             await training.fn(runtime, episode)
+            await retain(runtime, newest=episode + 1)
             runtime.forget(episode)
             await param_sync.fn(runtime, episode + 1)
             await evaluation.fn(runtime, episode + 1)

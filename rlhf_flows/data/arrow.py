@@ -73,12 +73,15 @@ def from_arrow(table: pa.Table, *, zero_copy: bool = False) -> Batch:
     return batch
 
 
-def to_parquet(batch: Mapping[str, Any], *, metadata: Mapping[str, str] | None = None) -> bytes:
+def to_parquet(
+    batch: Mapping[str, Any] | pa.Table, *, metadata: Mapping[str, str] | None = None
+) -> bytes:
     """A whole Parquet file: zstd, one row group, page checksums, sealed (sealing.py).
 
-    Equal batches give equal bytes. `metadata` goes into the file, see `parquet_metadata`.
+    Equal batches give equal bytes; a table of `to_arrow` gives those of its batch. `metadata` goes
+    into the file, see `parquet_metadata`.
     """
-    table = _narrow_ids(to_arrow(batch))
+    table = _narrow_ids(batch if isinstance(batch, pa.Table) else to_arrow(batch))
     table = table.replace_schema_metadata({**(metadata or {}), _VERSION_KEY: str(COLUMNS_VERSION)})
     leaves = [_leaf(field) for field in table.schema]
     # float16 is left out: DuckDB does not read it byte-stream-split.

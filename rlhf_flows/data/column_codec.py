@@ -80,22 +80,29 @@ def encode(name: str, column: Any) -> tuple[pa.Array, dict[str, Any]]:
 
 
 def _encode_ragged(name: str, values: list[Tensor | None]) -> tuple[pa.Array, dict[str, Any]]:
-    first = next(v for v in values if v is not None)
-    lengths = np.zeros(len(values) + 1, dtype=np.int64)
-    for row, value in enumerate(values):
-        if value is None:
-            continue
-        if value.ndim != 1 or value.dtype != first.dtype:
-            raise DataError(
-                f"column {name!r} holds a {value.dtype} of shape {list(value.shape)} in row {row} "
-                f"and a {first.dtype} of shape {list(first.shape)} before: a list of tensors "
-                "holds 1-D tensors of one dtype; stack equal shapes into one tensor"
-            )
-        lengths[row + 1] = value.shape[0]
-    flat = torch.cat([v.detach().cpu() for v in values if v is not None])
-    offsets = pa.array(np.cumsum(lengths).astype(np.int32))
-    missing = [v is None for v in values]
-    mask = pa.array(missing) if any(missing) else None
+    present = [v for v in values if v is not None]
+    first = present[0]
+    # Rows come by the hundred: what is asked of each of them is asked in one pass.
+    if {(v.ndim, v.dtype) for v in present} != {(1, first.dtype)}:
+        row, odd = next(
+            (row, v)
+            for row, v in enumerate(values)
+            if v is not None and (v.ndim != 1 or v.dtype != first.dtype)
+        )
+        raise DataError(
+            f"column {name!r} holds a {odd.dtype} of shape {list(odd.shape)} in row {row} "
+            f"and a {first.dtype} of shape {list(first.shape)} before: a list of tensors "
+            "holds 1-D tensors of one dtype; stack equal shapes into one tensor"
+        )
+    if any(v.device != first.device for v in present):
+        present = [v.cpu() for v in present]
+    with torch.no_grad():
+        flat = torch.cat(present)
+    offsets = pa.array(
+        np.cumsum([0, *(0 if v is None else len(v) for v in values)], dtype=np.int32)
+    )
+    missing = [v is None for v in values] if len(present) < len(values) else None
+    mask = None if missing is None else pa.array(missing)
     array = pa.ListArray.from_arrays(offsets, _to_values(name, flat), mask=mask)
     return array, {"kind": "ragged", "dtype": _dtype_name(first)}
 

@@ -6,18 +6,19 @@ Letters: B samples, T response tokens of all samples, flat, in sample order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.data.packing import cut_by_tokens
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.models.adamw import Schedule, make_adamw, make_masters, step_masters
 from rlhf_flows.models.causal_lm import DType, check_model_folder, load_causal_lm, load_tokenizer
+from rlhf_flows.models.lanes import Lanes
 from rlhf_flows.models.logprob_head import ScoredTokens
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, siblings_of
 from rlhf_flows.modules.torch_module import TorchModule
@@ -25,9 +26,14 @@ from rlhf_flows.settings import OptimizerSettings
 
 __all__ = ["CausalLMModule", "column", "flat", "ragged"]
 
+Result = TypeVar("Result")
+
 
 class CausalLMModule(TorchModule):
     """Base of PolicyTrainer, SFTTrainer and Reference."""
+
+    lanes = Lanes(nn.Identity(), num_threads=1, device="cpu")
+    """Of micro-batches; `setup` makes the model's own."""
 
     def __init__(
         self,
@@ -82,6 +88,9 @@ class CausalLMModule(TorchModule):
             device=self.context.device,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+        self.lanes = Lanes(
+            self.model, num_threads=self.context.num_threads, device=self.context.device
+        )
 
     # ---- logprobs -------------------------------------------------------------------------
 
@@ -107,11 +116,12 @@ class CausalLMModule(TorchModule):
         responses = [*column(data, "response_ids", self.name)]
         groups = _groups(data)
         found: list[Tensor] = [torch.empty(0)] * len(responses)
-        with self._evaluating() as model:
-            for rows in cut_rows(prompts, responses, groups, budget=self.micro_batch_tokens):
+
+        def score(micro_batches: Sequence[Sequence[int]]) -> None:
+            for rows in micro_batches:
                 chosen = [responses[i] for i in rows]
                 logprobs = response_logprobs(
-                    model,
+                    self.model,
                     [prompts[i] for i in rows],
                     chosen,
                     None if groups is None else [groups[i] for i in rows],
@@ -121,6 +131,16 @@ class CausalLMModule(TorchModule):
                 parts = logprobs.split([len(r) for r in chosen])
                 for i, part in zip(rows, parts, strict=True):
                     found[i] = part.clone()
+
+        bins = cut_rows(
+            prompts,
+            responses,
+            groups,
+            budget=self.micro_batch_tokens,
+            multiple=self.lanes.count,
+        )
+        with self._evaluating():
+            self.lanes.run(score, bins)
         return found
 
     def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
@@ -132,9 +152,39 @@ class CausalLMModule(TorchModule):
             [responses[i] for i in rows],
             None if groups is None else [groups[i] for i in rows],
             budget=self.micro_batch_tokens,
+            multiple=self.lanes.count * self.world_size,
         )
         # Bins come longest first, so dealing them out in turn gives ranks about equal work.
         return [[rows[i] for i in part] for part in bins[self.rank :: self.world_size]]
+
+    # ---- gradients ------------------------------------------------------------------------
+
+    def backward_all(
+        self, data: Sequence[Batch], loss_of: Callable[[Batch], tuple[Tensor, Result]]
+    ) -> list[Result]:
+        """Adds the gradients of all micro-batches' losses to the parameters'.
+
+        Returns what `loss_of` gave beside each loss, in the order of `data`.
+        """
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+
+        def work(part: Sequence[Batch]) -> tuple[list[Tensor | None], list[Result]]:
+            total: list[Tensor | None] = [None] * len(parameters)
+            found = []
+            for micro_batch in part:
+                loss, beside = loss_of(micro_batch)
+                # Not backward(): lanes would add to the same gradients at once.
+                _add(total, torch.autograd.grad(loss, parameters, allow_unused=True))
+                found.append(beside)
+            return total, found
+
+        lanes = self.lanes.run(work, data)
+        for total, _ in lanes:
+            own = [p.grad for p in parameters]
+            _add(own, total)
+            for p, grad in zip(parameters, own, strict=True):
+                p.grad = grad
+        return [lanes[i % len(lanes)][1][i // len(lanes)] for i in range(len(data))]
 
     # ---- optimizer ------------------------------------------------------------------------
 
@@ -171,11 +221,13 @@ def cut_rows(
     groups: Sequence[int] | None,
     *,
     budget: int,
+    multiple: int = 1,
 ) -> list[list[int]]:
     """Rows in micro-batches of at most `budget` tokens, siblings together, longest first.
 
-    A group that is dearer than the budget is cut into parts that are not, each with the prompt;
-    that changes the work, never the result.
+    Their number is a multiple of `multiple` where that takes no more than smaller ones. A group
+    that is dearer than the budget is cut into parts that are not, each with the prompt; that
+    changes the work, never the result.
     """
     units: list[list[int]] = []
     costs: list[int] = []
@@ -189,9 +241,29 @@ def cut_rows(
             units[-1].append(i)
             costs[-1] += cost
         start += count
-    return [
-        [i for unit in part for i in units[unit]] for part in cut_by_tokens(costs, budget=budget)
-    ]
+    bins = _cut_evenly(costs, budget=budget, multiple=multiple)
+    return [[i for unit in part for i in units[unit]] for part in bins]
+
+
+def _cut_evenly(costs: Sequence[int], *, budget: int, multiple: int) -> list[list[int]]:
+    bins = cut_by_tokens(costs, budget=budget)
+    wanted = min(-(-len(bins) // multiple) * multiple, len(costs))
+    # The least budget that gives so many, or nearly: by eighths of a bin above their mean.
+    mean = -(-sum(costs) // max(wanted, 1))
+    for eighths in range(8, 16):
+        smaller = max(1, min(budget, mean * eighths // 8))
+        some = cut_by_tokens(costs, budget=smaller)
+        if len(bins) <= len(some) <= wanted:
+            return some
+    return bins
+
+
+def _add(total: list[Tensor | None], more: Iterable[Tensor | None]) -> None:
+    """Adds in place; takes over what was nothing before."""
+    for i, tensor in enumerate(more):
+        if tensor is not None:
+            own = total[i]
+            total[i] = tensor if own is None else own.add_(tensor)
 
 
 def column(data: Batch, name: str, module: str) -> Any:

@@ -180,14 +180,15 @@ class PolicyTrainer(CausalLMModule):
         device = self.context.device
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         max_gap = torch.zeros((), device=device)
-        for micro_batch in data:
-            if not any(self._has_gradient(micro_batch)):
-                sums[_SUMS.index("rows_filtered")] += batch_size(micro_batch)
-                continue
-            loss, part, gap = self._loss(micro_batch)
-            loss.backward()
+        active = [any(self._has_gradient(micro_batch)) for micro_batch in data]
+        found_parts = self.backward_all(
+            [batch for batch, yes in zip(data, active, strict=True) if yes], self._loss
+        )
+        for part, gap in found_parts:
             sums += part
             max_gap = torch.maximum(max_gap, gap)
+        idle = [batch_size(batch) for batch, yes in zip(data, active, strict=True) if not yes]
+        sums[_SUMS.index("rows_filtered")] += sum(idle)
         sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
         if self.world_size > 1:
             torch.distributed.all_reduce(max_gap, torch.distributed.ReduceOp.MAX)
@@ -201,8 +202,8 @@ class PolicyTrainer(CausalLMModule):
             del found["kl"]
         return {**found, **metrics}
 
-    def _loss(self, data: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """This micro-batch's share of the loss, what it adds to `_SUMS`, its largest gap."""
+    def _loss(self, data: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """This micro-batch's share of the loss; what it adds to `_SUMS`, and its largest gap."""
         grpo, device = self.grpo, self.context.device
         lengths = torch.tensor([len(r) for r in data["response_ids"]])
         scored = self.logprobs_of(data, temperature=grpo.temperature, entropy=grpo.exact_entropy)
@@ -256,4 +257,4 @@ class PolicyTrainer(CausalLMModule):
                 torch.tensor(counts, dtype=torch.float64, device=device),
             ]
         )
-        return loss, part, gap.max()
+        return loss, (part, gap.max())

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_flows.algorithms.aggregation import token_weights
@@ -106,15 +107,18 @@ class SFTTrainer(CausalLMModule):
         self.model.train()
         self.model.zero_grad()
         sums = torch.zeros(3, dtype=torch.float64, device=self.context.device)
-        for micro_batch in data:
-            losses = nll(self.logprobs_of(micro_batch, temperature=1.0).logprobs)  # [T]
-            loss = (flat(micro_batch["token_weight"]).to(losses.device) * losses).sum()
-            loss.backward()
-            counts = losses.new_tensor([len(losses), batch_size(micro_batch)])
-            sums += torch.cat([loss.detach()[None], counts])
+        for part in self.backward_all(data, self._loss):
+            sums += part
         sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
         total, tokens, rows = sums.tolist()
         return {"loss": total, "tokens": tokens, "rows_trained": rows, **metrics}
+
+    def _loss(self, data: Batch) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the loss; and that with its tokens and rows, [3]."""
+        losses = nll(self.logprobs_of(data, temperature=1.0).logprobs)  # [T]
+        loss = (flat(data["token_weight"]).to(losses.device) * losses).sum()
+        counts = losses.new_tensor([len(losses), batch_size(data)])
+        return loss, torch.cat([loss.detach()[None], counts])
 
 
 class DemonstrationDataset(Dataset[dict[str, Any]]):

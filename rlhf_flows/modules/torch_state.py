@@ -40,10 +40,7 @@ def save_training_state(
     if lr_scheduler is not None:
         rest["lr_scheduler"] = _split(lr_scheduler.state_dict(), "lr_scheduler", found)
     rest["random"] = _random_state(found)
-    # safetensors refuses tensors that share memory or have gaps.
-    save_file(
-        {k: t.detach().cpu().contiguous().clone() for k, t in found.items()}, folder / _TENSORS
-    )
+    save_file(_on_their_own(found), folder / _TENSORS)
     (folder / _REST).write_text(json.dumps(rest), "utf-8")
 
 
@@ -88,6 +85,20 @@ def load_training_state(
         for name, tensor in tensors.items():
             tensor.copy_(found[f"extra/{name}"])
     _set_random_state(rest["random"], found)
+
+
+def _on_their_own(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, and copied where they share memory or have gaps, which safetensors refuses."""
+    whole: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        t = tensor.detach().cpu().contiguous()
+        storage = t.untyped_storage()
+        if storage.nbytes() != t.nbytes or storage.data_ptr() in seen:
+            t = t.clone()
+        seen.add(t.untyped_storage().data_ptr())
+        whole[name] = t
+    return whole
 
 
 def _check_groups(saved: Any, optimizer: Any, folder: Path) -> None:

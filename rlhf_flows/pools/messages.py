@@ -83,9 +83,9 @@ class Source:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredShard:
-    """A batch to be read from the store, where its Ray object is gone: objects merged in order."""
+    """A table to be read from the store, where its Ray object is gone."""
 
-    keys: tuple[str, ...]
+    key: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +108,8 @@ class ForwardCall:
     inputs: tuple[int, ...] = ()
     """The node's inputs in order: an index into the tables that follow, or `SOURCE`."""
     source: Source | None = None
+    keep_source: bool = False
+    """Another node of the phase takes the source, too: it is returned."""
     merged: tuple[int, ...] = ()
     """Tables that are outputs of other nodes of the phase, stored with this one's."""
     base: int | None = None
@@ -163,8 +165,9 @@ class TrainCall:
     """This batch, in order."""
     episode_rows: tuple[tuple[TrainRows, ...], ...] | None = None
     """Every batch of the episode, for a module that wants them before its first step."""
-    shards: tuple[int, ...] = ()
-    """Index of each shard whose table follows; a worker keeps them for the episode."""
+    shards: tuple[tuple[int, int], ...] = ()
+    """(index, number of tables) of each shard whose tables follow, in order; those of one shard
+    are merged, later ones winning. A worker keeps them for the episode."""
     sources: tuple[tuple[int, Source], ...] = ()
     """Instead of tables, where a flow has no environment: (shard, rows of the dataset)."""
 

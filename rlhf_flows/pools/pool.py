@@ -310,6 +310,12 @@ class Pool:
         """Calls `method` on one replica. The caller holds it, or does not mind who works on it."""
         return await self._call_on(replica, method, args, what, timeout_s, 1)
 
+    def tell(self, replica: Replica, method: str, *args: Any) -> None:
+        """Calls `method` on every rank of a replica without waiting for an answer."""
+        if replica.alive:
+            for rank in replica.ranks:
+                getattr(rank, method).remote(self.attempt, *args)
+
     @contextlib.asynccontextmanager
     async def _claim(self, what: str, timeout_s: float) -> AsyncIterator[Replica]:
         try:
@@ -389,12 +395,6 @@ class Pool:
         """Restarts are counted per phase."""
         self._restarts = 0
 
-    async def refresh(self, replica: Replica) -> WorkerState:
-        """Asks a replica what it holds."""
-        state: WorkerState = await self._call_on(replica, "state", (), "its state", 60.0, 1)
-        replica.state = state
-        return state
-
     async def rebuild(self, replica: Replica) -> None:
         """A new process in place of the replica's: a module as its `setup` leaves it."""
         await self._end(replica.index, replica.ranks)
@@ -404,9 +404,8 @@ class Pool:
     async def heartbeat(self) -> None:
         """Keeps the lease of idle replicas; a busy one keeps its own."""
         for replica in self._replicas:
-            if replica.alive and not replica.working_on:
-                for rank in replica.ranks:
-                    rank.heartbeat.remote(self.attempt)
+            if not replica.working_on:
+                self.tell(replica, "heartbeat")
 
     # ---- waiting --------------------------------------------------------------------------
 

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rlhf_flows.data import Batch, batch_size, from_arrow, from_parquet, to_parquet
+from rlhf_flows.data import Batch, batch_size, from_arrow, from_parquet, to_arrow, to_parquet
 from rlhf_flows.errors import DataDamageError
 from rlhf_flows.pools.messages import ForwardCall, NodeReport, StoredShard
 from rlhf_flows.store import ObjectStore, commit_bytes
@@ -29,16 +30,13 @@ class ShardStore:
         self._store = store
 
     def load(self, table: Any) -> Batch:
-        """A batch from an Arrow table, or from the objects that a `StoredShard` names."""
+        """A batch from an Arrow table, or from the object that a `StoredShard` names."""
         if not isinstance(table, StoredShard):
             return from_arrow(table)
-        return merge([self._read(key) for key in table.keys])
-
-    def _read(self, key: str) -> Batch:
         try:
-            return from_parquet(self._store.get(key))
+            return from_parquet(self._store.get(table.key))
         except DataDamageError as e:
-            raise DataDamageError(f"the shard {self._store.url}/{key} is damaged: {e}") from e
+            raise DataDamageError(f"the shard {self._store.url}/{table.key} is damaged: {e}") from e
 
     def commit(
         self,
@@ -49,28 +47,27 @@ class ShardStore:
         base: Batch | None,
         merged: Sequence[Batch],
         output: Batch,
-    ) -> tuple[Batch, NodeReport]:
-        """Writes the shard, or adopts the one that is there; the batch that counts, and where.
+    ) -> tuple[pa.Table, Batch, NodeReport]:
+        """Writes the shard, or adopts the one that is there.
 
-        Stored is what the phase's nodes gave, less what the rollout shard holds already; the
-        batch that is returned holds both.
+        Stored is what the phase's nodes gave, less what the rollout shard holds already. Returned
+        is what is stored, encoded once for the file and for who reads it from memory; the batch of
+        both; and where it lies.
         """
         assert call.commit is not None
         whole = merge([b for b in (base, source, *merged, output) if b is not None])
         stored = whole if base is None else _new_columns(whole, base)
         if "sample_id" in whole:
             stored = {"sample_id": whole["sample_id"], **stored}
-        data = to_parquet(stored)
+        table = to_arrow(stored)
+        data = to_parquet(table)
         adopted = not commit_bytes(self._store, call.commit.key, data)
         if adopted:
             theirs = from_parquet(self._store.get(call.commit.key))
+            table = to_arrow(theirs)
             whole = merge([b for b in (base, theirs) if b is not None])
-        return whole, replace(
-            report,
-            key=call.commit.key,
-            num_bytes=len(data),
-            adopted=adopted,
-        )
+        report = replace(report, key=call.commit.key, num_bytes=len(data), adopted=adopted)
+        return table, whole, report
 
 
 def merge(batches: Sequence[Mapping[str, Any]]) -> Batch:

@@ -33,9 +33,14 @@ class Transport(Protocol):
     """Moves weights from the worker that trained them to the workers that sample with them."""
 
     def send(
-        self, weights: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        bucket_bytes: int,
+        digest: str | None = None,
     ) -> WeightsSource:
-        """Runs in the trainer."""
+        """Runs in the trainer. `digest` is that of the weights, where it is known already."""
 
     def receive(self, source: WeightsSource, *, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
         """Runs in the receiver: verifies the digest, then gives the weights one by one."""
@@ -45,9 +50,14 @@ class ObjectStoreTransport:
     """Buckets as Ray objects: shared memory on one node, Ray's own transfer between nodes."""
 
     def send(
-        self, weights: Iterable[tuple[str, Tensor]], *, version: int, bucket_bytes: int
+        self,
+        weights: Iterable[tuple[str, Tensor]],
+        *,
+        version: int,
+        bucket_bytes: int,
+        digest: str | None = None,
     ) -> WeightsSource:
-        digest = WeightsDigest()
+        counted = WeightsDigest() if digest is None else None
         manifest: list[tuple[str, str, tuple[int, ...]]] = []
         buckets: list[tuple[int, ...]] = []
         refs: list[Any] = []
@@ -65,7 +75,8 @@ class ObjectStoreTransport:
         for name, tensor in weights:
             data = tensor_bytes(tensor)
             dtype = dtype_name(tensor.dtype)
-            digest.update(name, dtype, tensor.shape, data)
+            if counted is not None:
+                counted.update(name, dtype, tensor.shape, data)
             if size and size + data.nbytes > bucket_bytes:
                 flush()
             pending.append((len(manifest), data))
@@ -75,7 +86,7 @@ class ObjectStoreTransport:
         flush()
         return WeightsSource(
             version=version,
-            digest=digest.hexdigest(),
+            digest=digest or ("" if counted is None else counted.hexdigest()),
             manifest=tuple(manifest),
             buckets=tuple(buckets),
             refs=tuple(refs),

@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -90,6 +91,8 @@ class Worker:
         self._datasets: dict[str, tuple[str, Any]] = {}
         self._episode: _EpisodeTraining | None = None
         self._sent: WeightsSource | None = None
+        self._digest: str | None = None
+        """Of the weights, where it was made since they last changed."""
         self._transport = ObjectStoreTransport()
         self._last_call = time.monotonic()
         self._busy = False
@@ -199,7 +202,10 @@ class Worker:
     # ---- forward --------------------------------------------------------------------------
 
     def forward(self, call: ForwardCall, *tables: Any) -> tuple[Any, Any, NodeReport]:
-        """One node on one shard: (its batch, the source batch, what was done), as Arrow tables."""
+        """One node on one shard: (its table, the source's where asked for, what was done).
+
+        The table of the node that commits holds what the shard's file holds, no more.
+        """
         self._enter(call.attempt)
         self._busy = True
         try:
@@ -236,15 +242,17 @@ class Worker:
             if call.commit is not None:
                 stored = [batches[i] for i in call.merged]
                 base = None if call.base is None else batches[call.base]
-                result, report = self._shards.commit(
+                table, result, report = self._shards.commit(
                     call, report, source=source, base=base, merged=stored, output=result
                 )
-            tables = to_arrow(result), None if source is None else to_arrow(source)
+            else:
+                table = to_arrow(result)
+            kept = to_arrow(source) if call.keep_source and source is not None else None
         seconds = time.perf_counter() - started
         report = _replace(
             report, seconds=seconds, metrics=metrics_of(result), previews=previews_of(result)
         )
-        return *tables, report
+        return table, kept, report
 
     def _source(self, source: Source) -> Batch:
         """Dataset rows as the plan orders them; an item is fetched once for all its siblings."""
@@ -307,9 +315,10 @@ class Worker:
                 f" but it is elsewhere: training of the episode starts again"
             )
         self._clean = False
-        self._sent = None
-        for shard, table in zip(call.shards, tables, strict=True):
-            episode.shards[shard] = self._shards.load(table)
+        self._sent = self._digest = None
+        given = iter(tables)
+        for shard, count in call.shards:
+            episode.shards[shard] = merge([self._shards.load(next(given)) for _ in range(count)])
         for shard, source in call.sources:
             episode.shards[shard] = self._source(source)
         where = (self._module.name, call.method, "training", call.episode, call.index)
@@ -356,30 +365,35 @@ class Worker:
     def _checkpoint(self, version: int, *, with_state: bool) -> CheckpointRecord:
         started = time.perf_counter()
         name = self._module.name
-        digest = digest_weights(self._module.named_weights())
-        with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as temporary:
-            folder = Path(temporary)
+        # Nothing changes the weights meanwhile: hashing and uploading go on beside the rest.
+        with (
+            self._store.working_folder() as folder,
+            ThreadPoolExecutor(2, "checkpoint") as beside,
+        ):
+            digest = beside.submit(digest_weights, self._module.named_weights())
             (folder / "weights").mkdir()
             self._module.save_pretrained(folder / "weights")
             prefix = self._layout.weights_prefix(version, f"{name}-{uuid4().hex}")
-            weights = self._upload(prefix, folder / "weights")
+            weights = beside.submit(self._upload, prefix, folder / "weights")
             state = None
             if with_state:
                 (folder / "state").mkdir()
                 self._module.save_state(folder / "state")
-                (folder / "state" / "module.json").write_text(
-                    json.dumps({"module": name, "version": version, "digest": digest})
-                )
+                about = {"module": name, "version": version, "digest": digest.result()}
+                (folder / "state" / "module.json").write_text(json.dumps(about))
                 prefix = self._layout.checkpoint_prefix(version, f"{name}-{uuid4().hex}")
-                state = self._upload(prefix, folder / "state")
-        return CheckpointRecord(
-            module=name,
-            digest=digest,
-            weights=weights,
-            state=state,
-            probe=self._take_probe(),
-            seconds=time.perf_counter() - started,
-        )
+                state = beside.submit(self._upload, prefix, folder / "state")
+            probe = self._take_probe()
+            record = CheckpointRecord(
+                module=name,
+                digest=digest.result(),
+                weights=weights.result(),
+                state=None if state is None else state.result(),
+                probe=probe,
+                seconds=time.perf_counter() - started,
+            )
+        self._digest = record.digest
+        return record
 
     def _upload(self, prefix: str, folder: Path) -> FolderRecord | None:
         return upload_folder(self._store, prefix, folder) if self._rank == 0 else None
@@ -389,13 +403,13 @@ class Worker:
         self._enter(attempt)
         self._version, self._clean = version, True
 
-    def restore(self, attempt: int, record: CheckpointRecord, version: int) -> None:
+    def restore(self, attempt: int, record: CheckpointRecord, version: int) -> WorkerState:
         """Takes weights, and training state where the record has it, from the store."""
         self._enter(attempt)
         self._busy = True
         try:
             self._clean = False
-            self._episode = self._sent = None
+            self._episode = self._sent = self._digest = None
             with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as temporary:
                 folder = Path(temporary)
                 assert record.weights is not None
@@ -407,6 +421,7 @@ class Worker:
             self._version, self._clean = version, True
         finally:
             self._leave()
+        return self.state()
 
     def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource | None:
         """The weights of `version` as Ray objects; packed once, whoever asks.
@@ -418,12 +433,15 @@ class Worker:
             return None
         if self._sent is None or self._sent.version != version:
             self._sent = self._transport.send(
-                self._module.named_weights(), version=version, bucket_bytes=bucket_bytes
+                self._module.named_weights(),
+                version=version,
+                bucket_bytes=bucket_bytes,
+                digest=self._digest,
             )
         return self._sent
 
-    def receive_weights(self, attempt: int, source: WeightsSource, timeout_s: float) -> int:
-        """Loads the weights; returns the version now held."""
+    def receive_weights(self, attempt: int, source: WeightsSource, timeout_s: float) -> WorkerState:
+        """Loads the weights."""
         self._enter(attempt)
         self._busy = True
         try:
@@ -440,7 +458,7 @@ class Worker:
             ) from e
         finally:
             self._leave()
-        return self._version
+        return self.state()
 
     def probe(self, attempt: int, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         self._enter(attempt)
@@ -462,7 +480,8 @@ class Worker:
 
     def weights_digest(self, attempt: int) -> str:
         self._enter(attempt)
-        return digest_weights(self._module.named_weights())
+        self._digest = self._digest or digest_weights(self._module.named_weights())
+        return self._digest
 
     # ---- inside ---------------------------------------------------------------------------
 
@@ -492,7 +511,18 @@ class _EpisodeTraining:
         self.prepared: list[Batch] | None = None
 
     def rows(self, parts: Sequence[TrainRows]) -> Batch:
-        return concat([select(self.shards[p.shard], p.rows) for p in parts])
+        """The rows in the order of `parts`: one pass over each shard, however many parts it has."""
+        wanted: dict[int, list[tuple[int, int]]] = {}
+        position = 0
+        for part in parts:
+            for row in part.rows:
+                wanted.setdefault(part.shard, []).append((position, row))
+                position += 1
+        batch = concat([select(self.shards[i], [row for _, row in w]) for i, w in wanted.items()])
+        if len(wanted) == 1:
+            return batch
+        came = [position for some in wanted.values() for position, _ in some]
+        return select(batch, sorted(range(len(came)), key=came.__getitem__))
 
 
 class _naming:

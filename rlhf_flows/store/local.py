@@ -3,7 +3,7 @@
 The decision here: a temporary file beside its final name, fsync, `os.link`, fsync of the folder.
 `link` is the one call that creates a name exclusively *and* with whole content: opening with "x"
 is exclusive but shows half a file, `rename` is whole but overwrites. A writer killed at any
-instant leaves at most a temporary file, which no listing shows and `sweep` removes.
+instant leaves at most temporary files and folders, which no listing shows and `sweep` removes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from io import BufferedWriter
 from pathlib import Path
@@ -103,14 +104,39 @@ class LocalStore:
             ]
         return sorted(infos, key=lambda info: info.key)
 
+    @contextmanager
+    def working_folder(self) -> Iterator[Path]:
+        """On the store's own file system, so that files need not be copied into the store."""
+        folder = self.root / f"{_TEMPORARY}{uuid4().hex}"
+        with _explained("write", folder):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
         base = self.root / check_key(prefix)
+        is_ours = local.is_relative_to(self.root) and _is_temporary(
+            local.relative_to(self.root).as_posix()
+        )
+        take = _link if is_ours else _copy
         with _explained("write", base):
             if base.exists():
                 raise StoreError(f"cannot upload to {base}: something is there already")
-            return tuple(
-                _copy_synced(path, base / name, name=name) for name, path in list_files(local)
-            )
+            files = list_files(local)
+            folders = {(base / name).parent for name, _ in files}
+            for folder in sorted(folders):
+                _make_folder(folder)
+            # The disk takes its time: the digests are made meanwhile, from memory.
+            with ThreadPoolExecutor(1) as beside:
+                taken = [beside.submit(take, path, base / name) for name, path in files]
+                records = tuple(FileRecord.of(path, name=name) for name, path in files)
+                for file in taken:
+                    file.result()
+            for folder in folders:
+                _sync_folder(folder)
+        return records
 
     def get_folder(self, prefix: str, files: Sequence[FileRecord], local: Path) -> None:
         for record in files:
@@ -146,6 +172,8 @@ class LocalStore:
         for path in leftovers:
             with _explained("delete", path):
                 path.unlink(missing_ok=True)
+            if path.parent.name.startswith(_TEMPORARY):
+                self._remove_if_empty(path.parent)
         return len(leftovers)
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
@@ -186,7 +214,7 @@ def _explained(action: str, path: Path) -> Iterator[None]:
 
 
 def _is_temporary(key: str) -> bool:
-    return key.rpartition("/")[2].startswith(_TEMPORARY)
+    return key.startswith(_TEMPORARY) or f"/{_TEMPORARY}" in key
 
 
 def _write_temporary(folder: Path, data: bytes) -> Path:
@@ -203,14 +231,19 @@ def _write_temporary(folder: Path, data: bytes) -> Path:
     return path
 
 
-def _copy_synced(source: Path, target: Path, *, name: str) -> FileRecord:
-    record = FileRecord.of(source, name=name)
+def _copy(source: Path, target: Path) -> None:
+    """Synced; its name is not."""
     with _open_new(target) as copy, source.open("rb") as original:
         shutil.copyfileobj(original, copy, length=1 << 20)
         copy.flush()
         os.fsync(copy.fileno())
-    _sync_folder(target.parent)
-    return record
+
+
+def _link(source: Path, target: Path) -> None:
+    """Synced; its name is not. Whoever wrote the file must be through with it."""
+    with source.open("rb") as file:
+        os.fsync(file.fileno())
+    os.link(source, target)
 
 
 def _open_new(path: Path) -> BufferedWriter:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -99,10 +100,14 @@ class ObjectStore(Protocol):
     def list(self, prefix: str = "") -> Listing:
         """Every object below the folder `prefix`, sorted by key, never stale."""
 
+    def working_folder(self) -> AbstractContextManager[Path]:
+        """An empty local folder to make files in that `put_folder` will take, gone afterwards."""
+
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
         """Upload every file below `local` under a prefix that nobody else ever uses.
 
-        Plain writes: the folder is real only once a commit lists these records.
+        Plain writes: the folder is real only once a commit lists these records. Files in a
+        `working_folder` of this store need not be copied: they are not to be written to again.
         """
 
     def get_folder(self, prefix: str, files: Sequence[FileRecord], local: Path) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -110,6 +111,11 @@ class S3Store:
                     if not entry["Key"].endswith("/")  # what browsers of buckets call a folder
                 ]
         return sorted(infos, key=lambda info: info.key)
+
+    @contextmanager
+    def working_folder(self) -> Iterator[Path]:
+        with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as folder:
+            yield Path(folder)
 
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
         files = list_files(local)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlhf_flows.models import fused_layers
-from rlhf_flows.models.fused_layers import rms_norm, rotate
+from rlhf_flows.models.fused_layers import rms_norm, rotate, swiglu
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -50,3 +50,30 @@ def test_a_rotation_is_the_one_of_transformers() -> None:
     cos, sin = angles.cos(), angles.sin()
     expected, _ = apply_rotary_pos_emb(x.transpose(1, 2), x.transpose(1, 2), cos, sin)
     agree(rotate(x, cos, sin), expected.transpose(1, 2), x)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("rows", [1, 1300])
+def test_swiglu_is_the_product_of_a_gate_and_what_it_gates(rows: int) -> None:
+    x = random(1, rows, 6, seed=0)
+    gate, up, down = random(9, 6, seed=1), random(9, 6, seed=2), random(6, 9, seed=3)
+    expected = (torch.nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    agree(swiglu(x, gate, up, down), expected, x, gate, up, down, tolerance=2e-4)
+    with torch.no_grad():
+        torch.testing.assert_close(swiglu(x, gate, up, down), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_swiglu_in_blocks_of_rows_sums_the_gradients_of_weights_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bfloat16 = torch.bfloat16
+    x = random(4096, 16, seed=0, dtype=bfloat16)
+    weights = [random(*s, seed=1, dtype=bfloat16) for s in ((24, 16), (24, 16), (16, 24))]
+    found = []
+    for elements in (2**30, 24 * 300):
+        monkeypatch.setattr(fused_layers, "_CHUNK_ELEMENTS", elements)
+        loss = swiglu(x, *weights).float().square().sum()
+        found.append(torch.autograd.grad(loss, weights))
+    for whole, blocks in zip(*found, strict=True):
+        scale = float(whole.float().abs().max())
+        torch.testing.assert_close(whole, blocks, atol=2**-7 * scale, rtol=0)

@@ -47,7 +47,7 @@ def gradients(made: PolicyTrainer, data: Batch) -> tuple[float, dict[str, Tensor
     total = 0.0
     for micro_batch in made.micro_batches(made.prepare_batch(data)):
         if any(made._has_gradient(micro_batch)):
-            loss, _, _ = made._loss(micro_batch)
+            loss, _ = made._loss(micro_batch)
             loss.backward()
             total += float(loss.detach())
     found = {n: p.grad.clone() for n, p in made.model.named_parameters() if p.grad is not None}

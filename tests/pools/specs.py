@@ -69,6 +69,6 @@ def train_call(episode: int, index: int, **changes: Any) -> TrainCall:
         "num_updates": 2,
         "method": "train_step",
         "rows": (TrainRows(shard=index, rows=tuple(range(8))),),
-        "shards": (index,),
+        "shards": ((index, 1),),
     }
     return TrainCall(**(values | changes))

@@ -109,7 +109,8 @@ async def test_a_second_pool_object_finds_the_same_processes(make_pool: MakePool
         await make_pool(Plain("plain"), num_replica=2, attempt=1).open()
     with pytest.raises(FencedError):
         await first.call("attach", 1, what="a zombie's call", timeout_s=20)
-    assert (await second.refresh(second.replicas[0])).pid == pids(second)[0]
+    state = await second.call("state", what="its state", timeout_s=20)
+    assert state.pid == pids(second)[0]
 
     # A replica too many is ended; another making is built anew.
     fewer = make_pool(Plain("plain"), num_replica=1, attempt=3)
@@ -196,11 +197,10 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
         transport = ObjectStoreTransport()
         weights = {"preferences": torch.arange(10.0) * version}
         source = transport.send(weights.items(), version=version, bucket_bytes=1 << 20)
-        await pool.on_replica(
+        replica.state = await pool.on_replica(
             replica, "receive_weights", 1, source, 10.0, what="weights", timeout_s=20
         )
         brought.append((replica.state.pid, version))
-        await pool.refresh(replica)
 
     pool.bring_to = bring_to
     await pool.open()
@@ -221,7 +221,7 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     old, new = brought
     assert (old[1], new[1]) == (3, 3)
     assert old[0] != new[0]
-    assert (await pool.refresh(pool.replicas[0])).version == 3
+    assert pool.replicas[0].version == 3
     weights = await pool.call("weights_digest", 1, what="digest", timeout_s=20)
     assert weights == await pool.call("weights_digest", 1, what="digest", timeout_s=20)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import pickle
+import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -290,3 +291,25 @@ def test_a_second_upload_to_the_same_local_prefix_is_refused(local_store, folder
     local_store.put_folder(folder, "uid")
     with pytest.raises(StoreError, match="something is there already"):
         local_store.put_folder(folder, "uid")
+
+
+def test_a_working_folder_is_empty_and_goes_with_its_block(store, tmp_path):
+    with store.working_folder() as folder:
+        assert list(folder.iterdir()) == []
+        (folder / "weights").mkdir()
+        (folder / "weights" / "model").write_bytes(b"w" * 1000)
+        records = store.put_folder(folder / "weights", "uid")
+    assert not folder.exists()
+    assert keys(store) == ["uid/model"]
+    store.get_folder("uid", records, tmp_path / "back")
+    assert (tmp_path / "back" / "model").read_bytes() == b"w" * 1000
+
+
+def test_what_a_killed_writer_left_in_a_working_folder_is_hidden_and_swept(local_store):
+    with local_store.working_folder() as folder:
+        (folder / "model").write_bytes(b"half")
+        left = folder.with_name(folder.name + "-left")
+        shutil.copytree(folder, left)
+    assert keys(local_store) == []
+    assert local_store.sweep(older_than_s=-10) == 1
+    assert not left.exists()
