@@ -37,6 +37,16 @@ __all__ = ["Pool", "Replica", "namespace_of"]
 logger = logging.getLogger(__name__)
 
 _ATTACH_TIMEOUT_S = 120.0
+_CPU_ALLOCATOR = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={1 << 30}",
+        f"glibc.malloc.trim_threshold={1 << 30}",
+        f"glibc.malloc.top_pad={64 << 20}",
+    )
+)
+"""Memory of tensors up to 1 GiB is kept and used again, in huge pages: activations come and go by
+the hundred megabytes each step, and a tenth of a training pass went into fresh pages."""
 _DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
 _LOST = (ObjectLostError, OwnerDiedError)
 
@@ -189,6 +199,8 @@ class Pool:
             "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
             "PYTHONPATH": _import_path(),
         }
+        if not spec.num_gpu and "GLIBC_TUNABLES" not in os.environ:
+            environment["GLIBC_TUNABLES"] = _CPU_ALLOCATOR
         actor_class = ray.remote(Worker)
         return actor_class.options(
             name=self._actor_name(index, rank),
