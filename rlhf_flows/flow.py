@@ -170,15 +170,9 @@ class _Phases:
             # Not an edge of the graph: a Prefect task run that only waits would count as running.
             data = await self.runtime.episode(episode)
             await _first_shard(data.scored)
-        if episode + 1 < self.last:
-            # Nothing of the next plan hangs on this training: nobody waits for it later.
-            self._start("plan", episode + 1, self._plan(episode + 1))
         self._count("training", await training(self.runtime, episode))
         self.runtime.forget(episode)
         self._start("retention", episode + 1, self._retention(episode + 1))
-
-    async def _plan(self, episode: int) -> None:
-        await self.runtime.episode(episode)
 
     async def _retention(self, version: int) -> None:
         await self._after(("retention", version - 1))

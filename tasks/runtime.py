@@ -136,6 +136,11 @@ class Runtime:
                 self._episodes[number] = self._streams(plan)
             return self._episodes[number]
 
+    async def prepare(self, number: int) -> None:
+        """Makes the plan of an episode ahead of its time, if there is such an episode."""
+        if number < self.config.runtime.num_episode:
+            await self.episode(number)
+
     def forget(self, number: int) -> None:
         """Lets go of an episode's references; the store keeps the shards."""
         self._episodes.pop(number, None)

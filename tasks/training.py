@@ -37,7 +37,10 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     nodes = _trained_nodes(runtime)
     await asyncio.gather(*(_ensure_version(runtime, node, episode) for node in nodes))
     metrics = await _train_episode(runtime, data, nodes, report=True)
-    records = await _checkpoints(runtime, nodes, version=episode + 1)
+    # Nothing of the next plan hangs on this training: nobody has to wait for it later.
+    records, _ = await asyncio.gather(
+        _checkpoints(runtime, nodes, version=episode + 1), runtime.prepare(episode + 1)
+    )
     await _commit(runtime, data, records, metrics, time.perf_counter() - started)
     for node in nodes:
         _committed(runtime, node, episode + 1)
