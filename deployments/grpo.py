@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.data.rows import load_rows
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult
+from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
 from rlhf_flows.engine import GRPOEngine
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.function_reward import FunctionReward
@@ -158,8 +158,8 @@ async def run(
         sampler=describe_sampler(policy_class(config.sampler)),
         seconds=result.seconds,
         next_steps=(
-            f"rlhf-flows show {result.run}",
-            f"rlhf-flows export {result.run} --to model",
+            f"rlhf-flows show {result.run}{store_words(config)}",
+            f"rlhf-flows export {result.run}{store_words(config)} --to model",
             "prefect server start   # then the flow run's page, at the address it prints",
         ),
     )

@@ -20,7 +20,7 @@ from rlhf_flows.deployments import grpo as grpo_recipe
 from rlhf_flows.deployments import sft as sft_recipe
 from rlhf_flows.deployments import sort_digits
 from rlhf_flows.deployments.grpo import GRPOConfig, GRPORuntime
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult
+from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
 from rlhf_flows.deployments.sft import SFTConfig, SFTRuntime
 from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
@@ -168,10 +168,10 @@ async def _train(
         objective="exact",
         seconds=_summed({"warm-up": sum(warm.seconds.values())}, reinforced.seconds),
         next_steps=(
-            f"rlhf-flows show {reinforced.run}",
+            f"rlhf-flows show {reinforced.run}{store_words(config)}",
             f"rlhf-flows train quickstart run_name={reinforced.run} runtime.num_episode="
-            f"{config.runtime.num_episode + 10}",
-            f"rlhf-flows export {reinforced.run} --to my-model",
+            f"{config.runtime.num_episode + 10}{store_words(config, 'store.url=')}",
+            f"rlhf-flows export {reinforced.run}{store_words(config)} --to my-model",
         ),
     )
 

@@ -6,17 +6,18 @@ configuration, check it, run. A recipe adds nothing that a program of one's own 
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
-from rlhf_flows.config import EngineConfig
+from rlhf_flows.config import EngineConfig, StoreConfig
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.reporting.summary import RecipeResult
 from rlhf_flows.tasks.runtime import Progress
 
-__all__ = ["RECIPES", "Recipe", "RecipeResult", "find_recipe"]
+__all__ = ["RECIPES", "Recipe", "RecipeResult", "find_recipe", "store_words"]
 
 
 class Run(Protocol):
@@ -51,3 +52,9 @@ def find_recipe(name: str) -> Recipe:
     recipe = import_module(f"rlhf_flows.deployments.{name}").RECIPE
     assert isinstance(recipe, Recipe)
     return recipe
+
+
+def store_words(config: EngineConfig, option: str = "--store ") -> str:
+    """What a command needs to find the store of a run: nothing, where it is the default."""
+    url = config.store.url
+    return "" if url == StoreConfig().url else f" {option}{shlex.quote(url)}"

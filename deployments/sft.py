@@ -8,7 +8,7 @@ from prefect import flow
 from pydantic import Field, model_validator
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult
+from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
 from rlhf_flows.engine import SFTEngine
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
@@ -83,8 +83,8 @@ async def run(
         objective="loss",
         seconds=result.seconds,
         next_steps=(
-            f"rlhf-flows show {result.run}",
-            f"rlhf-flows export {result.run} --to model",
+            f"rlhf-flows show {result.run}{store_words(config)}",
+            f"rlhf-flows export {result.run}{store_words(config)} --to model",
             "rlhf-flows train grpo model=model prompts=FILE reward=package.module:function",
         ),
     )

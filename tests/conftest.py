@@ -16,6 +16,8 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import settings
 
+from tests.s3_server import bucket, s3_server  # noqa: F401  fixtures for every room
+
 _PREFECT_HOME = tempfile.mkdtemp(prefix="rlhf-flows-tests-prefect-")
 
 _ENVIRONMENT = {

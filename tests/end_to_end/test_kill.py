@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +12,14 @@ import psutil
 import pytest
 
 from rlhf_flows.errors import RunBusyError
+from tests.end_to_end.processes import (
+    assert_ended,
+    generated,
+    pids,
+    run_victim,
+    start_victim,
+    watched,
+)
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     assert_same_bits,
@@ -25,7 +28,6 @@ from tests.end_to_end.whole_run import (
     toy_engine,
 )
 
-ROOT = Path(__file__).parents[2]
 RUNTIME: dict[str, Any] = {"num_episode": 4, "eval_episode_interval": 1}
 
 POINTS = [
@@ -48,58 +50,6 @@ POINTS = [
     "advanced evaluation 4 1",
 ]
 """In the order in which a run meets them, so that one run can die at each."""
-
-
-def start_victim(
-    store: Path,
-    run: str,
-    log: Path,
-    *,
-    die: str,
-    address: str | None,
-    signal_name: str = "SIGKILL",
-    **runtime: Any,
-) -> subprocess.Popen[bytes]:
-    settings = {
-        "signal": signal_name,
-        "store": str(store),
-        "run": run,
-        "log": str(log),
-        "die": die,
-        "address": address,
-        "runtime": {**RUNTIME, **runtime},
-    }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if address is None:
-        environment.pop("PREFECT_API_URL", None)
-    output = store / f"{run}.log"
-    with output.open("ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.end_to_end.victim", json.dumps(settings)],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=file,
-            stdin=subprocess.DEVNULL,
-        )
-
-
-def run_victim(*where: Any, **how: Any) -> int:
-    """Runs until it has killed itself; the exit status."""
-    victim = start_victim(*where, **how)
-    try:
-        return victim.wait(timeout=200)
-    finally:
-        victim.kill()
-        victim.wait()
-
-
-def pids(log: Path) -> set[int]:
-    return {int(line.split()[0]) for line in log.read_text().splitlines()}
-
-
-def generated(log: Path) -> list[str]:
-    return [line.split()[1] for line in log.read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +79,7 @@ def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
 ) -> None:
     log = store / "killed.calls"
     for point in POINTS:
-        code = run_victim(store, "killed", log, die=point, address=released)
+        code = run_victim(store, "killed", log, die=point, address=released, **RUNTIME)
         assert code == -signal.SIGKILL, f"at {point}: {(store / 'killed.log').read_text()[-3000:]}"
     result = learn(toy_engine(log=log), store, "killed", address=released, **RUNTIME)
     assert result.version == 4
@@ -143,43 +93,19 @@ def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
     assert in_flight <= 8 * len([p for p in POINTS if "rollout" in p or "evaluation" in p])
 
 
-def watched(victim: subprocess.Popen[bytes], *, timeout_s: float) -> list[psutil.Process]:
-    """Waits until the process has ended; every process that descended from it."""
-    offspring: dict[int, psutil.Process] = {}
-    deadline = time.monotonic() + timeout_s
-    while victim.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.2)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(victim.pid).children(recursive=True):
-                offspring[child.pid] = child
-    victim.kill()
-    victim.wait()
-    return list(offspring.values())
-
-
-def assert_ended(processes: list[psutil.Process], *, timeout_s: float) -> None:
-    _, alive = psutil.wait_procs(processes, timeout=timeout_s)
-    names = []
-    for process in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            names.append(" ".join(process.cmdline()).strip()[:200])
-            process.kill()
-    # Two helpers of Ray's raylet try to report its death to the dead head for a minute first.
-    assert set(names) <= {"ray::RuntimeEnvAgent", "ray::DashboardAgent"}
-
-
 def test_a_run_with_services_of_its_own_starts_cold_after_a_kill_and_leaves_no_process(
     store: Path, undisturbed: str
 ) -> None:
     log, output = store / "cold.calls", store / "cold.log"
-    victim = start_victim(store, "cold", log, die="advanced training 1 1", address=None)
+    alone: dict[str, Any] = {"address": None, "own_server": True, **RUNTIME}
+    victim = start_victim(store, "cold", log, die="advanced training 1 1", **alone)
     offspring = watched(victim, timeout_s=200)
     assert victim.returncode == -signal.SIGKILL, output.read_text()[-3000:]
     # The head and the server that it started died with it, and so did its actors.
     assert_ended(offspring, timeout_s=20)
 
     before = generated(log)
-    second = start_victim(store, "cold", log, die="never", address=None)
+    second = start_victim(store, "cold", log, die="never", **alone)
     offspring = watched(second, timeout_s=200)
     ended = time.time()
     assert second.returncode == 0, output.read_text()[-3000:]
@@ -198,7 +124,13 @@ def test_a_stopped_attempt_is_not_replaced_unasked_and_is_fenced_when_it_wakes(
 ) -> None:
     log = store / "zombie.calls"
     zombie = start_victim(
-        store, "zombie", log, die="advanced rollout 1 2", address=released, signal_name="SIGSTOP"
+        store,
+        "zombie",
+        log,
+        die="advanced rollout 1 2",
+        address=released,
+        signal_name="SIGSTOP",
+        **RUNTIME,
     )
     try:
         deadline = time.monotonic() + 120

@@ -71,9 +71,11 @@ def main(settings: dict[str, Any]) -> None:
     with prefect_api() as server:  # as the command line does
         if server is not None:
             server.wait()
+        for store, run in settings["first"]:
+            learn(toy_engine(), store, run, address=settings["address"], **settings["runtime"])
         learn(
             engine,
-            Path(settings["store"]),
+            settings["store"],
             settings["run"],
             address=settings["address"],
             progress=Bomb(point),

@@ -44,7 +44,7 @@ def toy_engine(
 
 def learn(
     engine: GRPOEngine,
-    store: Path,
+    store: Path | str,
     run: str,
     *,
     address: str | None = None,
@@ -100,7 +100,7 @@ def samples(store: Path, run: str, phase: str = "rollout") -> pd.DataFrame:
     return pd.concat(frames).sort_values("sample_id", ignore_index=True)
 
 
-def evaluated_versions(store: Path, run: str) -> list[int]:
+def evaluated_versions(store: Path | str, run: str) -> list[int]:
     state = scan(open_store(store), run)
     return [version for (version, _), found in state.evaluations.items() if found.done]
 
