@@ -6,7 +6,7 @@ export VENV PYTHON
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-all check fix bench install dev clean
+.PHONY: help train test test-all chaos check fix bench install dev clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,6 +19,9 @@ test: dev ## run the tests (all but those marked slow, s3 or gpu)
 
 test-all: dev ## run the slow tests as well
 	$(BIN)/pytest -m "not s3 and not gpu" $(ARGS)
+
+chaos: dev ## kill runs at named points and random times, and audit them: SEEDS=20 FIRST_SEED=0
+	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),20) --first-seed $(or $(FIRST_SEED),0) $(ARGS)
 
 check: dev ## lint, format and types, as the tests of style
 	$(BIN)/ruff check .
