@@ -37,6 +37,8 @@ __all__ = ["Pool", "Replica", "namespace_of"]
 logger = logging.getLogger(__name__)
 
 _ATTACH_TIMEOUT_S = 120.0
+_LOADS = 3
+"""Times that a replica is started before its deaths while it loads are no accident."""
 _CPU_ALLOCATOR = ":".join(
     (
         "glibc.malloc.hugetlb=1",
@@ -157,6 +159,22 @@ class Pool:
         return Replica(index=index, ranks=actors, state=states[0])
 
     async def _create(self, index: int) -> Replica:
+        """Starts a replica and loads its model; anew where its process is killed meanwhile."""
+        for left in reversed(range(_LOADS)):
+            try:
+                return await self._load(index)
+            except ReplicaDiedError as e:
+                if not left:
+                    raise PoolError(
+                        f"pool {self.name!r}: the process of replica {index} died {_LOADS} times"
+                        f" while it loaded its model ({_last_line(e)}): look for memory running"
+                        " out, and into Ray's worker logs"
+                    ) from e
+                logger.warning("%s: it is started again", e)
+                await self._wait_for_names(index)
+        raise AssertionError("the last load returns or raises")
+
+    async def _load(self, index: int) -> Replica:
         if self.check_fence is not None:
             # A zombie must not take the names of the actors that a newer attempt brings up.
             await asyncio.to_thread(self.check_fence)
@@ -174,17 +192,17 @@ class Pool:
                 self.setup_timeout_s,
                 waiting_for,
             )
+            replica = Replica(index=index, ranks=ranks, state=states[0])
+            await self._give_datasets(replica)
         except _DEAD as e:
             self._kill(ranks)
-            raise PoolError(
+            raise ReplicaDiedError(
                 f"pool {self.name!r}: the process of replica {index} died while it loaded its"
-                f" model ({_last_line(e)}): look for memory running out, and into Ray's worker logs"
+                f" model ({_last_line(e)})"
             ) from e
         except BaseException:
             self._kill(ranks)
             raise
-        replica = Replica(index=index, ranks=ranks, state=states[0])
-        await self._give_datasets(replica)
         return replica
 
     def _start_actor(self, index: int, rank: int) -> Any:
@@ -217,6 +235,9 @@ class Pool:
     async def _end(self, index: int, actors: Sequence[Any]) -> None:
         """Ends actors and waits until their names are free."""
         self._kill(actors)
+        await self._wait_for_names(index)
+
+    async def _wait_for_names(self, index: int) -> None:
         deadline = time.monotonic() + 30
         while time.monotonic() < deadline:
             names = {self._actor_name(index, r) for r in range(self.spec.ranks_per_replica)}

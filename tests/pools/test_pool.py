@@ -160,13 +160,34 @@ async def test_a_pool_that_does_not_come_up_says_why_and_leaves_nothing(
     with pytest.raises(OSError, match="no such model"):
         await failing.open()
     dying = make_pool(DiesAtStart("dying"))
-    with pytest.raises(PoolError, match="the process of replica 0 died while it loaded its model"):
+    with pytest.raises(PoolError, match="of replica 0 died 3 times while it loaded its model"):
         await dying.open()
     for _ in range(50):
         if not actors_of(dying):
             break
         await asyncio.sleep(0.1)
     assert actors_of(dying) == []
+
+
+class DiesOnceAtStart(Plain):
+    def __init__(self, name: str, kill: Path) -> None:
+        super().__init__(name)
+        self.kill = kill
+
+    def setup(self) -> None:
+        if self.kill.exists():
+            self.kill.unlink()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+async def test_a_replica_that_is_killed_while_it_loads_is_started_again(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    (tmp_path / "kill").touch()
+    pool = make_pool(DiesOnceAtStart("once", tmp_path / "kill"))
+    await pool.open()
+    assert pool.replicas[0].state.ready
+    assert not (tmp_path / "kill").exists()
 
 
 # ---- repaired ---------------------------------------------------------------------------------
