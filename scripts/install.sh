@@ -3,7 +3,6 @@
 #
 #   scripts/install.sh           what a run needs
 #   scripts/install.sh --dev     and what tests and lint need
-#   scripts/install.sh --bench   and what the benchmarks compare with
 #
 # PYTHON chooses the interpreter, VENV the folder (.venv). A stamp in the folder makes a second
 # call free until pyproject.toml, a lock or this script changes.
@@ -93,7 +92,6 @@ once runtime install_runtime
 for option in "$@"; do
     case $option in
         --dev) once dev install_extra dev ;;
-        --bench) once bench install_extra bench ;;
-        *) die "unknown option $option: --dev and --bench are known" ;;
+        *) die "unknown option $option: --dev is known" ;;
     esac
 done
