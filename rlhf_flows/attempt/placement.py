@@ -7,6 +7,8 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import logging
+import threading
 from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -24,6 +26,10 @@ from rlhf_flows.store import ObjectStore, check_fence
 from rlhf_flows.tasks.dispatch import together
 
 __all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
+
+logger = logging.getLogger(__name__)
+
+_RELEASE_TIMEOUT_S = 20.0
 
 
 def wanted_resources(
@@ -86,8 +92,7 @@ async def open_pools(
         if keeper is not None:
             keeper.cancel()
         if done or cluster.is_local:
-            for pool in pools.values():
-                pool.release()
+            await _release(list(pools.values()))
 
 
 def make_pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name: str) -> Pool:
@@ -149,6 +154,25 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+async def _release(pools: Sequence[Pool]) -> None:
+    """Ends all actors; does not wait for a head that answers no more."""
+
+    def work() -> None:
+        for pool in pools:
+            pool.release()
+
+    # A thread of our own, not of a pool: whatever becomes of it, the process may end.
+    thread = threading.Thread(target=work, daemon=True, name="release")
+    thread.start()
+    await asyncio.to_thread(thread.join, _RELEASE_TIMEOUT_S)
+    if thread.is_alive():
+        logger.warning(
+            "the pools were not released within %g s, because the head of the Ray cluster does not"
+            " answer: if it still runs, `rlhf-flows pools release` ends them",
+            _RELEASE_TIMEOUT_S,
+        )
 
 
 async def _keep_lease(pools: Sequence[Pool], config: EngineConfig) -> None:

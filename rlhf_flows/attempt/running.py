@@ -19,9 +19,10 @@ from rlhf_flows.attempt.description import Checked, Description
 from rlhf_flows.attempt.placement import connect_cluster, open_pools
 from rlhf_flows.errors import FencedError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
-from rlhf_flows.pools import Pool
+from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
 from rlhf_flows.store import check_run_name, end_attempt, scan, take_attempt
+from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import Runtime
 
 __all__ = ["run_as_flow"]
@@ -107,7 +108,10 @@ async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
                     # flight is there now.
                     working = await runtime(pools)
                     working.progress = progress
-                    result = await run_episodes(working)
+                    async with together() as group:
+                        watch = group.create_task(watch_head(cluster))
+                        result = await run_episodes(working)
+                        watch.cancel()
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
     except FencedError:

@@ -4,7 +4,7 @@ A `Worker` holds one rank of one module; a `Pool` is the replicas of a module, s
 `connect` reaches the cluster. Data passes between workers and the store, never through the flow.
 """
 
-from rlhf_flows.pools.cluster import Cluster, connect
+from rlhf_flows.pools.cluster import Cluster, connect, watch_head
 from rlhf_flows.pools.messages import (
     CheckpointRecord,
     Commit,
@@ -35,4 +35,5 @@ __all__ = [
     "WeightsSource",
     "WorkerState",
     "connect",
+    "watch_head",
 ]

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NoReturn
 
 import psutil
 import ray
@@ -25,9 +25,10 @@ import ray
 from rlhf_flows.config import ClusterConfig, default_threads
 from rlhf_flows.errors import PoolError
 
-__all__ = ["Cluster", "connect"]
+__all__ = ["Cluster", "connect", "watch_head"]
 
 _CONNECT_TIMEOUT_S = 120.0
+_HEAD_SILENCE_S = 15.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,6 +38,9 @@ class Cluster:
     is_local: bool
     """Whether the head was started by this process and ends with it."""
     address: str
+    """As messages name it."""
+    gcs_address: str = ""
+    """`host:port` of the head's control service."""
     resources: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -135,11 +139,37 @@ def _init(config: ClusterConfig, min_cpus: float) -> None:
 
 
 def _connected(*, is_local: bool) -> Cluster:
+    gcs_address = ray.get_runtime_context().gcs_address
     return Cluster(
         is_local=is_local,
-        address="the local head" if is_local else ray.get_runtime_context().gcs_address,
+        address="the local head" if is_local else gcs_address,
+        gcs_address=gcs_address,
         resources=ray.cluster_resources(),
     )
+
+
+async def watch_head(cluster: Cluster) -> NoReturn:
+    """Returns never; raises PoolError when the head has been gone for a while.
+
+    Ray itself waits for a minute and then ends the process, without a word to who called it.
+    """
+    host, _, port = cluster.gcs_address.rpartition(":")
+    answered = time.monotonic()
+    while True:
+        try:
+            async with asyncio.timeout(_HEAD_SILENCE_S / 3):
+                _, writer = await asyncio.open_connection(host.strip("[]"), int(port))
+            writer.close()
+            answered = time.monotonic()
+        except (OSError, TimeoutError) as e:
+            silence_s = time.monotonic() - answered
+            if silence_s > _HEAD_SILENCE_S:
+                raise PoolError(
+                    f"the head of the Ray cluster at {cluster.gcs_address} is gone: no answer for"
+                    f" {silence_s:.0f} s. The actors are lost with it; start it again, then this"
+                    " run by the same name, and it goes on from what is stored"
+                ) from e
+        await asyncio.sleep(_HEAD_SILENCE_S / 6)
 
 
 def disconnect() -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,16 @@ def start_victim(
     first: Iterable[tuple[Path | str, str]] = (),
     own_server: bool = False,
     signal_name: str = "SIGKILL",
+    environment: Mapping[str, str] | None = None,
+    models: Mapping[str, Any] | None = None,
+    slow_s: float = 0.0,
     **runtime: Any,
 ) -> subprocess.Popen[bytes]:
     """Starts a run that dies at the point `die`; what it prints is in `log` with suffix .log.
 
-    It starts a Ray head of its own where no `address` is given, and a server if asked to. Runs
-    named in `first`, as store and name, come before, in the same process, to their end.
+    Its policy takes `slow_s` longer for each shard. It starts a Ray head of its own where no
+    `address` is given, and a server if asked to. Runs named in `first`, as store and name, come
+    before, in the same process, to their end.
     """
     settings = {
         "signal": signal_name,
@@ -42,16 +46,18 @@ def start_victim(
         "log": str(log),
         "die": die,
         "address": address,
+        "models": dict(models or {}),
+        "slow_s": slow_s,
         "runtime": runtime,
     }
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
     if own_server:
-        environment.pop("PREFECT_API_URL", None)
+        env.pop("PREFECT_API_URL", None)
     with log.with_suffix(".log").open("ab") as file:
         return subprocess.Popen(
             [sys.executable, "-m", "tests.end_to_end.victim", json.dumps(settings)],
             cwd=ROOT,
-            env=environment,
+            env=env,
             stdout=file,
             stderr=file,
             stdin=subprocess.DEVNULL,

@@ -67,7 +67,7 @@ def main(settings: dict[str, Any]) -> None:
     SIGNAL = signal.Signals[settings["signal"]]
     point = settings["die"]
     around_commit(point)
-    engine = toy_engine(log=Path(settings["log"]))
+    engine = toy_engine(log=Path(settings["log"]), slow_s=settings["slow_s"])
     with prefect_api() as server:  # as the command line does
         if server is not None:
             server.wait()
@@ -78,6 +78,7 @@ def main(settings: dict[str, Any]) -> None:
             settings["store"],
             settings["run"],
             address=settings["address"],
+            models=settings["models"],
             progress=Bomb(point),
             **settings["runtime"],
         )

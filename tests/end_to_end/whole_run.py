@@ -28,10 +28,15 @@ SHARDS, STEPS = 4, 2
 
 
 def toy_engine(
-    *, log: Path | None = None, rows: int = 64, eval_rows: int = 16, **trainer: Any
+    *,
+    log: Path | None = None,
+    rows: int = 64,
+    eval_rows: int = 16,
+    slow_s: float = 0.0,
+    **trainer: Any,
 ) -> GRPOEngine:
     engine = GRPOEngine(
-        ToyPolicy("policy", log=log),
+        ToyPolicy("policy", log=log, slow_s=slow_s),
         ToyTrainer("trainer", **trainer),
         ToyReward("reward"),
         name="toy",
