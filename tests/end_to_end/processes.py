@@ -27,12 +27,14 @@ def start_victim(
     first: Iterable[tuple[Path | str, str]] = (),
     own_server: bool = False,
     signal_name: str = "SIGKILL",
+    ends: Iterable[str] = (),
     **runtime: Any,
 ) -> subprocess.Popen[bytes]:
     """Starts a run that dies at the point `die`; what it prints is in `log` with suffix .log.
 
     It starts a Ray head of its own where no `address` is given, and a server if asked to. Runs
-    named in `first`, as store and name, come before, in the same process, to their end.
+    named in `first`, as store and name, come before, in the same process, to their end. Samples
+    in `ends` end the policy's worker.
     """
     settings = {
         "signal": signal_name,
@@ -41,6 +43,7 @@ def start_victim(
         "first": [(str(store), run) for store, run in first],
         "log": str(log),
         "die": die,
+        "ends": list(ends),
         "address": address,
         "runtime": runtime,
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,12 +28,18 @@ SHARDS, STEPS = 4, 2
 
 
 def toy_engine(
-    *, log: Path | None = None, rows: int = 64, eval_rows: int = 16, **trainer: Any
+    *,
+    log: Path | None = None,
+    rows: int = 64,
+    eval_rows: int = 16,
+    ends: Collection[str] = (),
+    hangs: Collection[str] = (),
+    **trainer: Any,
 ) -> GRPOEngine:
     engine = GRPOEngine(
-        ToyPolicy("policy", log=log),
+        ToyPolicy("policy", log=log, ends=ends),
         ToyTrainer("trainer", **trainer),
-        ToyReward("reward"),
+        ToyReward("reward", hangs=hangs),
         name="toy",
     )
     engine.set_dataset([{"prompt": str(i)} for i in range(rows)])

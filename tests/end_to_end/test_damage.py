@@ -1,0 +1,102 @@
+"""Bytes that rot in the store: found by who reads them, named, and made again to the same bits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_flows.errors import StoreDamageError
+from tests.end_to_end.test_resume import forget
+from tests.end_to_end.whole_run import learn, shard_digests, toy_engine, weight_digests
+
+pytestmark = pytest.mark.usefixtures("services")
+
+SPARSE: dict[str, Any] = {"num_episode": 2, "save_episode_interval": 4, "keep_last": 4}
+"""Training state is kept for the last version only: before it, a resume trains again."""
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("damaged")
+
+
+@pytest.fixture(scope="module")
+def plain(store: Path, services: str) -> str:
+    learn(toy_engine(), store, "plain", **SPARSE)
+    return "plain"
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 3] ^= 1
+    path.write_bytes(bytes(data))
+
+
+def test_damaged_shards_are_buried_and_made_again_to_the_bits_of_an_undisturbed_run(
+    store: Path, plain: str
+) -> None:
+    learn(toy_engine(), store, "damaged", **SPARSE)
+    # As if it had died in the training of episode 1, and in the last evaluation.
+    forget(
+        store,
+        "damaged",
+        "episodes/episode=000001/trained.json",
+        "episodes/episode=000001/scoring/shard-00003.parquet",
+        "evaluations/version=000002/*/done.json",
+    )
+    root = store / "damaged"
+    damaged = [
+        "episodes/episode=000000/rollout/shard-00000.parquet",  # read to train again
+        "episodes/episode=000000/scoring/shard-00001.parquet",
+        "episodes/episode=000001/rollout/shard-00001.parquet",  # read to train
+        "episodes/episode=000001/scoring/shard-00002.parquet",
+        "episodes/episode=000001/rollout/shard-00003.parquet",  # read to score
+        *(str(p.relative_to(root)) for p in root.glob("evaluations/version=000002/*/*.parquet")),
+    ]
+    assert len(damaged) == 6
+    for key in damaged:
+        flip_a_byte(root / key)
+    learn(toy_engine(), store, "damaged", **SPARSE)
+
+    assert weight_digests(store, "damaged") == weight_digests(store, plain)
+    undisturbed, found = shard_digests(store, plain), shard_digests(store, "damaged")
+    assert set(found) - set(undisturbed) == {
+        key.replace(".parquet", ".g1.parquet") for key in damaged
+    }
+    for key in damaged:
+        assert found[key] != undisturbed[key], "an object, once there, never changes"
+        assert found[key.replace(".parquet", ".g1.parquet")] == undisturbed[key]
+        tombstone = json.loads((root / key.replace(".parquet", ".tombstone.json")).read_text())
+        assert tombstone["damaged"] == f"damaged/{key}"
+        assert "is damaged" in tombstone["cause"]
+    assert {k for k in undisturbed if found[k] != undisturbed[k]} == set(damaged)
+
+
+def test_a_run_that_died_between_a_tombstone_and_the_next_generation_makes_it(
+    store: Path, plain: str
+) -> None:
+    learn(toy_engine(eval_rows=0), store, "buried", **SPARSE)
+    forget(store, "buried", "episodes/episode=000001/trained.json")
+    for key in ("episode=000000/rollout/shard-00002", "episode=000001/rollout/shard-00000"):
+        (store / "buried/episodes" / f"{key}.tombstone.json").write_text("{}")
+    learn(toy_engine(eval_rows=0), store, "buried", **SPARSE)
+    assert weight_digests(store, "buried") == weight_digests(store, plain)
+    found = shard_digests(store, "buried")
+    assert len([key for key in found if ".g1." in key]) == 2
+
+
+def test_a_shard_whose_weights_are_gone_cannot_be_made_again_and_says_so(store: Path) -> None:
+    settings = {**SPARSE, "num_episode": 3}
+    learn(toy_engine(eval_rows=0), store, "gone", **settings)
+    forget(store, "gone", "episodes/episode=000002/trained.json")
+    flip_a_byte(store / "gone/episodes/episode=000001/rollout/shard-00001.parquet")
+    # As if retention had been here.
+    (weights,) = (store / "gone/weights/version=000001").iterdir()
+    record = store / "gone/deleted/weights/version=000001" / f"{weights.name}.json"
+    record.parent.mkdir(parents=True)
+    record.write_text("{}")
+    with pytest.raises(StoreDamageError, match=r"shard-00001.parquet is damaged.* version 1, from"):
+        learn(toy_engine(eval_rows=0), store, "gone", **settings)
