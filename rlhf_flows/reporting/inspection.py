@@ -93,8 +93,8 @@ def _samples(store: ObjectStore, state: RunState, count: int) -> Iterator[Table]
     last = scored[-1]
     index = next(i for i in last.scoring if i in last.rollout)
     keys = last.rollout[index], last.scoring[index]
-    sampled, scored = align([from_parquet(store.get(key)) for key in keys])
-    batch = sampled | scored
+    sampled, rewarded = align([from_parquet(store.get(key)) for key in keys])
+    batch = sampled | rewarded
     table = Table("sample", "prompt", "completion", "reward", title=f"episode {last.episode}")
     for sample in to_samples(batch)[:count]:
         table.add_row(
