@@ -545,5 +545,6 @@ def _import_path() -> str:
 
 
 def _last_line(error: BaseException) -> str:
+    """The last line of a message, without what Ray says of deaths in general."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__
