@@ -34,26 +34,28 @@ Attempt = Callable[[Sequence[str]], Awaitable[Failure | None]]
 
 
 async def find_culprits(
-    groups: Sequence[Sequence[str]], attempt: Attempt, *, where: str
+    groups: Sequence[Sequence[str]], attempt: Attempt, *, where: str, most: int
 ) -> dict[str, Failure]:
     """The samples to blame for a shard that failed as a whole; none where no sample fails alone.
 
     Args:
         groups: Sample ids of the shard, by group.
         where: Names the shard in messages.
+        most: Samples that are searched for; each costs several workers.
 
     Raises PoolError where every sample that was tried alone failed, and nothing went through.
     """
-    search = _Search(attempt, where)
+    search = _Search(attempt, where, most)
     await search.among_groups(groups)
     return search.found
 
 
 class _Search:
-    def __init__(self, attempt: Attempt, where: str) -> None:
+    def __init__(self, attempt: Attempt, where: str, most: int) -> None:
         self.found: dict[str, Failure] = {}
         self._attempt = attempt
         self._where = where
+        self._most = most
         self._something_went_through = False
 
     async def among_groups(self, groups: Sequence[Sequence[str]]) -> None:
@@ -62,6 +64,8 @@ class _Search:
             await self._within_group(groups[0])
             return
         for half in _halves(groups):
+            if len(self.found) >= self._most:
+                return
             if await self._fails([name for group in half for name in group]):
                 await self.among_groups(half)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -138,8 +139,9 @@ async def run_shard(
             logger.warning("%s: its samples are searched for the cause", failed)
         culprits = await find_culprits(
             job.groups,
-            lambda samples, job=job: _run_part(runtime, phase, job.part(samples)),  # type: ignore[misc]
+            functools.partial(_run_part, runtime, phase, job),
             where=f"shard {job.index} of {phase.name} of episode {job.episode}",
+            most=runtime.config.runtime.max_quarantined + 1,
         )
         searched_in_vain = not culprits
         if culprits:
@@ -162,10 +164,12 @@ async def _run_twice(
     return await _run_begun(runtime, phase, job, suspect=True)
 
 
-async def _run_part(runtime: Runtime, phase: PhaseGraph, job: ShardJob) -> Failure | None:
+async def _run_part(
+    runtime: Runtime, phase: PhaseGraph, job: ShardJob, samples: Sequence[str]
+) -> Failure | None:
     """Runs some samples of a shard; how they failed, if they ended or hung a worker."""
     try:
-        await _run_begun(runtime, phase, job, suspect=True)
+        await _run_begun(runtime, phase, job.part(samples), suspect=True)
     except _Failed as failed:
         return failed.failure
     except UserError:

@@ -127,10 +127,10 @@ async def _step(
     pool, replica = _trainer(runtime, node)
     replica.state = replace(replica.state, clean=False)
     while True:
-        given_now, tables = _shards(runtime, data, call, new)
+        complete, tables = _shards(runtime, data, call, new)
         try:
             metrics: Mapping[str, float] = await pool.call(
-                "train", given_now, *tables, what=what, timeout_s=timeout_s
+                "train", complete, *tables, what=what, timeout_s=timeout_s
             )
         except ShardDamageError as damage:
             # The worker reads all shards before it does anything: the call can be made again.

@@ -35,8 +35,8 @@ def shard(groups: int, size: int) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(f"g{g}s{s}" for s in range(size)) for g in range(groups))
 
 
-async def search(world: World, groups: Any) -> dict[str, Failure]:
-    return await find_culprits(groups, world.attempt, where="shard 0")
+async def search(world: World, groups: Any, *, most: int = 99) -> dict[str, Failure]:
+    return await find_culprits(groups, world.attempt, where="shard 0", most=most)
 
 
 async def test_halves_are_whole_groups_first_and_then_samples() -> None:
@@ -87,6 +87,12 @@ async def test_a_shard_that_only_fails_as_a_whole_has_no_culprit() -> None:
     world = Large()
     assert await search(world, shard(4, 2)) == {}
     assert max(Counter(world.runs).values()) == 1
+
+
+async def test_the_search_ends_with_as_many_culprits_as_were_asked_for() -> None:
+    world = World("g1s0", "g3s0", "g5s0")
+    assert list(await search(world, shard(8, 2), most=2)) == ["g1s0", "g3s0"]
+    assert not any("g4s0" in run and len(run) < 8 for run in world.runs)
 
 
 async def test_where_every_sample_fails_it_is_the_module() -> None:
