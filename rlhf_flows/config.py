@@ -47,6 +47,7 @@ MAY_CHANGE = frozenset(
         "runtime.train_timeout_s",
         "runtime.keep_last",
         "runtime.max_replica_restarts",
+        "runtime.max_quarantined",
     }
 )
 """Fields that may differ when a run is resumed: none of them changes what is computed."""
@@ -167,6 +168,12 @@ class RuntimeConfig(Settings):
         default=3,
         ge=0,
         description="Restarts of one pool's replicas within a phase before it fails.",
+    )
+    max_quarantined: int = Field(
+        default=8,
+        ge=0,
+        description="Samples of one episode that may be left out, each with its group, because"
+        " they end or hang their worker again and again; one more stops the run.",
     )
 
     @model_validator(mode="after")

@@ -14,15 +14,19 @@ __all__ = [
     "DataError",
     "FencedError",
     "GraphError",
+    "NoAnswerError",
     "NonFiniteError",
+    "NotBegunError",
     "ObjectNotFoundError",
     "PoolError",
+    "QuarantineError",
     "ReplicaDiedError",
     "ResourcesError",
     "RewardError",
     "RlhfFlowsError",
     "RunBusyError",
     "RunConflictError",
+    "ShardDamageError",
     "ShardError",
     "StoreDamageError",
     "StoreError",
@@ -61,6 +65,10 @@ class GraphError(UserError):
 
 class NonFiniteError(RlhfFlowsError):
     """Training met a loss or gradient that is not finite; the weights were left as they are."""
+
+
+class QuarantineError(UserError):
+    """More samples end or hang their worker than may be left out of an episode."""
 
 
 class RewardError(UserError):
@@ -107,6 +115,15 @@ class DataDamageError(RlhfFlowsError):
     """Bytes that should be a shard and are not."""
 
 
+class ShardDamageError(DataDamageError):
+    """A committed shard whose bytes are not those that were written."""
+
+    def __init__(self, message: str, key: str = "") -> None:
+        super().__init__(message)
+        self.key = key
+        """Of the shard in the store. It travels in `__dict__`, as every attribute of an error."""
+
+
 class FencedError(RlhfFlowsError):
     """A newer attempt of the run took over. Terminal: never retried."""
 
@@ -125,3 +142,11 @@ class SyncError(PoolError):
 
 class WaitTimeoutError(TransientError):
     """A wait ended without what it waited for; the message names it."""
+
+
+class NoAnswerError(WaitTimeoutError):
+    """A replica that was given work did not answer in time."""
+
+
+class NotBegunError(WaitTimeoutError):
+    """Work that no replica began: none came free, or none got ready. Says nothing of the work."""

@@ -1,25 +1,37 @@
-"""Evaluation: a policy version on held-out prompts, its shards and its summary in the store."""
+"""Evaluation: a policy version on held-out prompts, its shards and its summary in the store.
+
+A sample that ends or hangs its worker again and again is left out, alone: nothing is computed from
+groups. `done.json` names it.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
 import json
+import logging
 import time
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from prefect import task
 
 from rlhf_flows.data.arrow import from_parquet
 from rlhf_flows.data.plan import EpisodePlan, make_plan
+from rlhf_flows.data.quarantine import Blamed
+from rlhf_flows.errors import DataDamageError, ShardDamageError
 from rlhf_flows.pools import Source
 from rlhf_flows.pools.shards import metrics_of
-from rlhf_flows.store import commit_json, read_json
+from rlhf_flows.store import EvaluationState, commit_json, read_json
+from rlhf_flows.tasks.bisection import Failure
 from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard, together
+from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
 
 __all__ = ["evaluation", "evaluation_digest"]
+
+logger = logging.getLogger(__name__)
 
 
 @task(name="evaluation", task_run_name="evaluation of version {version}", **PHASE)
@@ -32,44 +44,105 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
     if state is not None and state.done:
         payload = await asyncio.to_thread(read_json, runtime.store, done_key)
         return _finished(runtime, version, 0.0, payload["metrics"])
-    assert runtime.evaluator is not None
-    graph = runtime.evaluator
-    phase = PhaseGraph.of("evaluation", graph, frozenset(n.id for n in graph.nodes))
-    for node in phase.nodes:
-        runtime.pools[node.module].begin_phase()
-    plan = _plan(runtime)
-    there = dict(state.shards) if state is not None else {}
-    runtime.progress.started("evaluation", version, len(plan.shards))
-    done = len(there)
+    found = _Evaluation(runtime, version, digest)
+    metrics = await found.run(state or EvaluationState(shards={}, done=False))
+    seconds = time.perf_counter() - started
+    payload = {
+        "version": version,
+        "rows": found.plan.num_samples - len(found.blamed),
+        "quarantined": [blamed.to_json() for blamed in found.blamed],
+        "metrics": metrics,
+        "seconds": seconds,
+    }
+    commit = await asyncio.to_thread(commit_json, runtime.store, done_key, payload)
+    return _finished(runtime, version, seconds, commit.payload["metrics"])
 
-    async def make(index: int) -> dict[str, tuple[float, int]]:
-        nonlocal done
-        columns = plan.samples(index)
-        # Ids name the version; seeds do not, so that versions are compared on equal draws.
-        columns["sample_id"] = [
-            f"v{version:06d}{i[len('e000000') :]}" for i in columns["sample_id"]
+
+class _Evaluation:
+    """The shards of one evaluation: those that are there are read, the others are made."""
+
+    def __init__(self, runtime: Runtime, version: int, digest: str) -> None:
+        assert runtime.evaluator is not None
+        graph = runtime.evaluator
+        self.plan = _plan(runtime)
+        self.blamed: list[Blamed] = []
+        self._runtime = runtime
+        self._version, self._digest = version, digest
+        self._phase = PhaseGraph.of("evaluation", graph, frozenset(n.id for n in graph.nodes))
+        self._done = 0
+
+    async def run(self, state: EvaluationState) -> dict[str, float]:
+        """The means over all samples that were not left out."""
+        runtime = self._runtime
+        for node in self._phase.nodes:
+            runtime.pools[node.module].begin_phase()
+        runtime.progress.started("evaluation", self._version, len(self.plan.shards))
+        generations = {i: state.next_generation(i) for i in range(len(self.plan.shards))}
+        found = []
+        for index, key in state.shards.items():
+            try:
+                found.append(await asyncio.to_thread(self._read, index, key))
+            except ShardDamageError as damage:
+                generations[index] = (await runtime.bury(damage)).generation + 1
+            else:
+                del generations[index]
+        self._done = len(found)
+        async with together() as group:
+            made = [group.create_task(self._make(i, g)) for i, g in generations.items()]
+        return mean_metrics([*found, *(m.result() for m in made)])
+
+    def _read(self, index: int, key: str) -> dict[str, tuple[float, int]]:
+        """The metrics of a shard that is there, and who was left out of it."""
+        store = self._runtime.store
+        try:
+            batch = from_parquet(store.get(key))
+        except DataDamageError as e:
+            raise ShardDamageError(f"the shard {store.url}/{key} is damaged: {e}", key=key) from e
+        there = set(batch["sample_id"])
+        self.blamed += [
+            Blamed(
+                sample_id=name,
+                phase="evaluation",
+                module=self._phase.nodes[-1].module,
+                cause="left out by an earlier attempt, whose log says why",
+            )
+            for name in self._columns(index)["sample_id"]
+            if name not in there
         ]
+        return metrics_of(batch)
+
+    async def _make(self, index: int, generation: int) -> dict[str, tuple[float, int]]:
+        runtime, version = self._runtime, self._version
+        columns = self._columns(index)
         job = ShardJob(
             index=index,
             episode=version,
-            key=runtime.layout.evaluation_shard(version, digest, index),
+            key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
             versions={pair.target: version for pair in runtime.syncs},
+            groups=tuple((name,) for name in columns["sample_id"]),
             source=Source(dataset="eval", columns=columns),
         )
-        _, report = await run_shard(runtime, phase, job)
-        done += 1
-        runtime.progress.advanced("evaluation", version, done)
+        _, report = await run_shard(runtime, self._phase, job, blame=self._blame)
+        self._done += 1
+        runtime.progress.advanced("evaluation", version, self._done)
         return dict(report.metrics)
 
-    async with together() as group:
-        missing = [i for i in range(len(plan.shards)) if i not in there]
-        made = [group.create_task(make(i)) for i in missing]
-    stored = [await asyncio.to_thread(_read_metrics, runtime, key) for key in there.values()]
-    metrics = mean_metrics([*stored, *(m.result() for m in made)])
-    seconds = time.perf_counter() - started
-    payload = {"version": version, "rows": plan.num_samples, "metrics": metrics, "seconds": seconds}
-    commit = await asyncio.to_thread(commit_json, runtime.store, done_key, payload)
-    return _finished(runtime, version, seconds, commit.payload["metrics"])
+    async def _blame(self, culprits: Mapping[str, Failure]) -> Collection[str]:
+        self.blamed += [
+            Blamed(sample_id=name, phase="evaluation", module=f.module, cause=f.cause)
+            for name, f in culprits.items()
+        ]
+        where = f"evaluation of version {self._version} of run {self._runtime.run!r}"
+        refuse_more(self._runtime, where, self.blamed)
+        for name in culprits:
+            logger.warning("%s goes on without %s", where, name)
+        return culprits.keys()
+
+    def _columns(self, index: int) -> dict[str, list[Any]]:
+        """Ids name the version; seeds do not, so that versions are compared on equal draws."""
+        columns = self.plan.samples(index)
+        names = [f"v{self._version:06d}{i[len('e000000') :]}" for i in columns["sample_id"]]
+        return {**columns, "sample_id": names}
 
 
 def _finished(
@@ -110,7 +183,3 @@ def _plan(runtime: Runtime) -> EpisodePlan:
         shuffle=False,
         versions={},
     )
-
-
-def _read_metrics(runtime: Runtime, key: str) -> dict[str, tuple[float, int]]:
-    return metrics_of(from_parquet(runtime.store.get(key)))

@@ -42,10 +42,11 @@ async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
 async def _sync(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
     pool = runtime.pools[pair.target]
     pool.begin_phase()
-    await asyncio.gather(*(_bring(runtime, pool, r, version) for r in pool.replicas))
-    if not runtime.config.runtime.sync_probe:
-        return None
-    return await _probe(runtime, pair, version)
+    async with pool.moving:
+        await asyncio.gather(*(_bring(runtime, pool, r, version) for r in pool.replicas))
+        if not runtime.config.runtime.sync_probe:
+            return None
+        return await _probe(runtime, pair, version)
 
 
 async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -> None:

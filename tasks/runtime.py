@@ -8,20 +8,39 @@ weights of a policy version are.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
-from rlhf_flows.data.stream import StreamDataset
-from rlhf_flows.errors import DataError, PoolError, StoreDamageError
+from rlhf_flows.data.quarantine import Blamed, Quarantine
+from rlhf_flows.data.stream import ShardHandle, StreamDataset
+from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError
 from rlhf_flows.graph import Graph
 from rlhf_flows.pools import CheckpointRecord, Pool, WeightsSource
 from rlhf_flows.pools.pool import Replica
-from rlhf_flows.store import ObjectStore, RunLayout, RunState, check_fence, commit_json, read_json
+from rlhf_flows.store import (
+    KeyParts,
+    ObjectStore,
+    RunLayout,
+    RunState,
+    ShardPhase,
+    check_fence,
+    commit_json,
+    parse_key,
+    read_json,
+    scan,
+)
 
 __all__ = ["DatasetInfo", "EpisodeData", "NoProgress", "Progress", "Runtime", "SyncPair"]
+
+
+logger = logging.getLogger(__name__)
+
+_MOST_GENERATIONS = 5
+"""Of one shard: a store that damages the next one, too, is not written to again and again."""
 
 
 class Progress(Protocol):
@@ -70,6 +89,9 @@ class EpisodeData:
     rollout: StreamDataset
     scored: StreamDataset
     """What trainers read: the same stream as `rollout` where nothing is scored."""
+    quarantine: Quarantine
+    blaming: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who adds to `quarantine`."""
 
 
 class Runtime:
@@ -114,6 +136,8 @@ class Runtime:
         """Payload of `trained.json`, by the policy version it made."""
         self.gone: set[str] = set(state.deleted)
         """Prefixes of folders that retention deleted."""
+        self._buried: dict[tuple[ShardPhase, int, int], int] = {}
+        """(phase, episode, shard index) -> newest generation that this attempt found damaged."""
         self._episodes: dict[int, EpisodeData] = {}
         self._planning = asyncio.Lock()
         self._sending: dict[tuple[str, int], asyncio.Future[Any]] = {}
@@ -133,13 +157,18 @@ class Runtime:
         async with self._planning:
             if number not in self._episodes:
                 plan = await asyncio.to_thread(self._committed_plan, number)
-                self._episodes[number] = self._streams(plan)
+                blamed = await asyncio.to_thread(self._blamed, number)
+                self._episodes[number] = self._streams(plan, Quarantine(plan, blamed))
             return self._episodes[number]
 
     async def prepare(self, number: int) -> None:
         """Makes the plan of an episode ahead of its time, if there is such an episode."""
         if number < self.config.runtime.num_episode:
             await self.episode(number)
+
+    async def look_again(self) -> None:
+        """Lists the run anew: what this attempt made and let go of is there, too."""
+        self.state = await asyncio.to_thread(scan, self.store, self.run)
 
     def forget(self, number: int) -> None:
         """Lets go of an episode's references; the store keeps the shards."""
@@ -186,18 +215,78 @@ class Runtime:
             versions={pair.target: version for pair in self.syncs},
         )
 
-    def _streams(self, plan: EpisodePlan) -> EpisodeData:
+    def _blamed(self, number: int) -> list[Blamed]:
+        """The samples of an episode that are quarantined; of a trained one, those of its commit.
+
+        The listing says which; the records are read because they say in which phase. A record that
+        came after the commit (of an attempt that did not know of its end) changes nothing.
+        """
+        found = self.state.episode(number)
+        names = set(found.quarantined)
+        if found.trained and names:
+            commit = read_json(self.store, self.layout.trained(number))
+            names &= set(commit.get("quarantined", ()))
+        return [
+            Blamed.from_json(read_json(self.store, self.layout.quarantine(number, name)))
+            for name in sorted(names)
+        ]
+
+    def _streams(self, plan: EpisodePlan, quarantine: Quarantine) -> EpisodeData:
         found = self.state.episode(plan.episode)
         size = len(plan.shards)
         rollout = StreamDataset.rebuild(
             found.rollout, num_shards=size, name=f"rollout of episode {plan.episode}"
         )
-        if not self.scoring_nodes:
-            return EpisodeData(plan=plan, rollout=rollout, scored=rollout)
-        scored = StreamDataset.rebuild(
-            found.scoring, num_shards=size, name=f"scoring of episode {plan.episode}"
-        )
-        return EpisodeData(plan=plan, rollout=rollout, scored=scored)
+        scored = rollout
+        if self.scoring_nodes:
+            scored = StreamDataset.rebuild(
+                found.scoring, num_shards=size, name=f"scoring of episode {plan.episode}"
+            )
+        for phase, stream in (("rollout", rollout), ("scoring", scored)):
+            for index in stream.missing:
+                if not quarantine.kept(phase, index):
+                    # All of its groups are left out: no object will ever come.
+                    stream.append(ShardHandle(index=index, key="", rows=0))
+        return EpisodeData(plan=plan, rollout=rollout, scored=scored, quarantine=quarantine)
+
+    # ---- damage ---------------------------------------------------------------------------
+
+    def next_generation(self, phase: ShardPhase, episode: int, index: int) -> int:
+        """The generation under which a missing or damaged shard is to be written."""
+        listed = self.state.episode(episode).next_generation(phase, index)
+        return max(listed, self._buried.get((phase, episode, index), -1) + 1)
+
+    async def bury(self, damage: ShardDamageError) -> KeyParts:
+        """Says for good that this generation of a shard is damaged: the next one counts.
+
+        Raises StoreDamageError where that has happened too often to one shard.
+        """
+        parts = parse_key(self.run, damage.key)
+        assert parts is not None
+        if parts.generation + 1 >= _MOST_GENERATIONS:
+            raise StoreDamageError(
+                f"{damage}. Generation after generation of this shard was damaged: look at the"
+                f" disk or the server behind {self.store.url}, then resume"
+            ) from damage
+        if parts.kind == "evaluation_shard":
+            key = self.layout.evaluation_tombstone(
+                parts.version, parts.word, parts.index, parts.generation
+            )
+        else:
+            assert parts.phase is not None
+            key = self.layout.tombstone(parts.phase, parts.episode, parts.index, parts.generation)
+            which = parts.phase, parts.episode, parts.index
+            self._buried[which] = max(parts.generation, self._buried.get(which, 0))
+        await self.check_fence()
+        payload = {"damaged": damage.key, "cause": str(damage), "attempt": self.attempt}
+        await asyncio.to_thread(commit_json, self.store, key, payload)
+        logger.warning("%s: it is made again as generation %d", damage, parts.generation + 1)
+        return parts
+
+    def weights_are_deleted(self, version: int) -> bool:
+        """Whether retention has deleted the weights of a policy version."""
+        prefix = f"{self.run}/weights/version={version:06d}/"
+        return any(folder.startswith(prefix) for folder in self.gone)
 
     def versions_with_weights(self) -> set[int]:
         """Trained versions whose weights retention has left."""

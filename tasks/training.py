@@ -1,9 +1,11 @@
 """Training: one pass over an episode's samples, then the one commit of all that evolved.
 
 Membership and order of the batches come from the plan alone, so a step starts as soon as the shards
-of its batch are scored, whatever came in before. A trainer that is not cleanly at the version of
-the last commit goes back to it first; between full checkpoints it gets there by training again from
-the stored shards, and must reproduce the digest of every commit on its way.
+of its batch are scored, whatever came in before. Groups in quarantine leave their own batch smaller
+and every other as it is; which they are is known of a shard once it is scored. A trainer that is
+not cleanly at the version of the last commit goes back to it first; between full checkpoints it
+gets there by training again from the stored shards, and must reproduce the digest of every commit
+on its way. Shards that turn out to be damaged are put back (`repair`).
 """
 
 from __future__ import annotations
@@ -17,12 +19,12 @@ from typing import Any
 from prefect import task
 
 from rlhf_flows.data.plan import GroupRef, training_batches
-from rlhf_flows.data.stream import ShardHandle
-from rlhf_flows.errors import PoolError, StoreDamageError
+from rlhf_flows.errors import PoolError, ShardDamageError, StoreDamageError
 from rlhf_flows.graph import Node
 from rlhf_flows.pools import CheckpointRecord, Pool, Source, StoredShard, TrainCall, TrainRows
 from rlhf_flows.pools.pool import Replica
 from rlhf_flows.store import commit_json
+from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 
@@ -41,7 +43,8 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     records, _ = await asyncio.gather(
         _checkpoints(runtime, nodes, version=episode + 1), runtime.prepare(episode + 1)
     )
-    await _commit(runtime, data, records, metrics, time.perf_counter() - started)
+    rows = _row_counts(runtime, data, nodes[0], metrics)
+    await _commit(runtime, data, records, metrics, rows, time.perf_counter() - started)
     for node in nodes:
         _committed(runtime, node, episode + 1)
     seconds = time.perf_counter() - started
@@ -69,14 +72,13 @@ async def _train_episode(
             shuffle=settings.data_shuffle,
         )
     ]
-    rows = [_rows(batch, data.plan.group_size) for batch in batches]
     given: dict[str, set[int]] = {node.module: set() for node in nodes}
     measured: list[dict[str, float]] = []
     if report:
         runtime.progress.started("training", data.plan.episode, len(batches))
     for index in range(len(batches)):
         calls = [
-            _step(runtime, data, node, rows=rows, index=index, given=given[node.module])
+            _step(runtime, data, node, batches=batches, index=index, given=given[node.module])
             for node in nodes
         ]
         measured.append(_merge_metrics(nodes, await asyncio.gather(*calls)))
@@ -90,67 +92,77 @@ async def _step(
     data: EpisodeData,
     node: Node,
     *,
-    rows: Sequence[tuple[TrainRows, ...]],
+    batches: Sequence[Sequence[GroupRef]],
     index: int,
     given: set[int],
 ) -> Mapping[str, float]:
     """One optimizer step of one module, once the shards that it needs are there."""
     episode = data.plan.episode
-    module = runtime.trainer.modules[node.module] if runtime.trainer else None
-    whole = bool(module and module.wants_episode(len(rows)))  # type: ignore[attr-defined]
-    needed = {part.shard for batch in (rows if whole else [rows[index]]) for part in batch}
-    new = sorted(needed - given)
     timeout_s = runtime.config.runtime.train_timeout_s
-    tables: list[list[Any]] = []
-    sources: list[tuple[int, Source]] = []
-    if runtime.environment is None:
-        sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in new]
-    else:
-        for handle in await data.scored.wait_for(new, timeout_s=timeout_s):
-            tables.append(_tables(data, handle))
+    module = runtime.trainer.modules[node.module] if runtime.trainer else None
+    whole = bool(module and module.wants_episode(len(batches)))  # type: ignore[attr-defined]
+    needed = {ref.shard for batch in (batches if whole else [batches[index]]) for ref in batch}
+    new = sorted(needed - given)
+    if runtime.environment is not None:
+        await data.scored.wait_for(new, timeout_s=timeout_s)
+        if runtime.rollout_nodes and data.rollout is not data.scored:
+            # A scored shard is there where its rollout shard was damaged and is being made again.
+            await data.rollout.wait_for(new, timeout_s=timeout_s)
+    # From here on it is known who of these shards is left out.
     call = TrainCall(
         attempt=runtime.attempt,
         episode=episode,
         version=episode,
         index=index,
-        iteration=episode * len(rows) + index,
-        num_updates=len(rows),
+        iteration=episode * len(batches) + index,
+        num_updates=len(batches),
         method=node.method,
-        rows=rows[index],
-        episode_rows=tuple(rows) if whole and index == 0 else None,
-        shards=tuple((i, len(some)) for i, some in zip(new, tables, strict=False)),
-        sources=tuple(sources),
+        rows=_rows(data, batches[index]),
+        episode_rows=(
+            tuple(_rows(data, batch) for batch in batches) if whole and index == 0 else None
+        ),
+        left_out=data.quarantine.left_out(new),
     )
+    what = f"step {index + 1} of {len(batches)} of training of episode {episode} ({node.label})"
     pool, replica = _trainer(runtime, node)
     replica.state = replace(replica.state, clean=False)
-    metrics: Mapping[str, float] = await pool.call(
-        "train",
-        call,
-        *(table for some in tables for table in some),
-        what=f"step {index + 1} of {len(rows)} of training of episode {episode} ({node.label})",
-        timeout_s=timeout_s,
-    )
-    given.update(new)
-    return metrics
+    while True:
+        complete, tables = _shards(runtime, data, call, new)
+        try:
+            metrics: Mapping[str, float] = await pool.call(
+                "train", complete, *tables, what=what, timeout_s=timeout_s
+            )
+        except ShardDamageError as damage:
+            # The worker reads all shards before it does anything: the call can be made again.
+            await repair(runtime, data, damage)
+        else:
+            given.update(new)
+            return metrics
 
 
-def _tables(data: EpisodeData, handle: ShardHandle) -> list[Any]:
+def _shards(
+    runtime: Runtime, data: EpisodeData, call: TrainCall, indices: Sequence[int]
+) -> tuple[TrainCall, list[Any]]:
+    """The call with the shards that go with it, and their tables."""
+    if runtime.environment is None:
+        sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in indices]
+        return replace(call, sources=tuple(sources)), []
+    tables = [(i, _tables(data, i)) for i in indices if data.scored[i].rows != 0]
+    counts = tuple((i, len(some)) for i, some in tables)
+    return replace(call, shards=counts), [table for _, some in tables for table in some]
+
+
+def _tables(data: EpisodeData, index: int) -> list[Any]:
     """A scored shard in its parts: what was sampled, if anything was, and what was scored."""
-    parts = [handle]
-    if data.scored is not data.rollout and handle.index not in data.rollout.missing:
-        parts.insert(0, data.rollout[handle.index])
+    parts = [data.scored[index]]
+    if data.scored is not data.rollout and index not in data.rollout.missing:
+        parts.insert(0, data.rollout[index])
     return [StoredShard(key=part.key) if part.ref is None else part.ref for part in parts]
 
 
-def _rows(batch: Sequence[GroupRef], group_size: int) -> tuple[TrainRows, ...]:
-    """Sibling rows of each group, in the order of the batch."""
-    return tuple(
-        TrainRows(
-            shard=ref.shard,
-            rows=tuple(range(ref.index * group_size, (ref.index + 1) * group_size)),
-        )
-        for ref in batch
-    )
+def _rows(data: EpisodeData, batch: Sequence[GroupRef]) -> tuple[TrainRows, ...]:
+    """Sibling rows of each group, in the order of the batch, less the groups left out."""
+    return tuple(TrainRows(shard=shard, rows=rows) for shard, rows in data.quarantine.rows(batch))
 
 
 def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
@@ -182,6 +194,8 @@ async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
             what=f"restoring version {base} of {node.module}",
             timeout_s=timeout_s,
         )
+    if base < version:
+        await runtime.look_again()
     for episode in range(base, version):
         await _train_again(runtime, node, episode)
 
@@ -196,6 +210,7 @@ async def _last_full_checkpoint(runtime: Runtime, module: str, version: int) -> 
 async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
     """Trains on a stored episode that was committed without full state, to the same weights."""
     data = await runtime.episode(episode)
+    await make_missing(runtime, data)
     await _train_episode(runtime, data, [node], report=False)
     pool, _ = _trainer(runtime, node)
     digest = await pool.call(
@@ -246,6 +261,7 @@ async def _commit(
     data: EpisodeData,
     records: Sequence[CheckpointRecord],
     metrics: Mapping[str, float],
+    rows: Mapping[str, int],
     seconds: float,
 ) -> None:
     """The one commit. Losing the race is fine only to somebody who got the same weights."""
@@ -256,7 +272,8 @@ async def _commit(
         "version": episode + 1,
         "attempt": runtime.attempt,
         "checkpoints": {r.module: r.to_json() for r in records},
-        "rows": {"planned": data.plan.num_samples, **_row_counts(metrics)},
+        "rows": dict(rows),
+        "quarantined": [record.sample_id for record in data.quarantine.blamed],
         "metrics": {k: v for k, v in metrics.items() if v == v and abs(v) != float("inf")},
         "seconds": seconds,
     }
@@ -276,11 +293,24 @@ async def _commit(
             )
 
 
-def _row_counts(metrics: Mapping[str, float]) -> dict[str, int]:
+def _row_counts(
+    runtime: Runtime, data: EpisodeData, node: Node, metrics: Mapping[str, float]
+) -> dict[str, int]:
+    """Rows of all passes over the episode: each that was planned is one of the other three.
+
+    Of several trained modules, the first one's: all get the same rows.
+    """
+    passes = runtime.config.runtime.num_training_epoch
+    planned = passes * data.plan.num_samples
+    quarantined = passes * data.quarantine.num_left_out()
+    given = planned - quarantined
+    of_node = "" if "rows" in metrics else f"{node.module}/"
+    trained = round(metrics.get(f"{of_node}rows_trained", given))
     return {
-        "trained": round(metrics.get("rows_trained", metrics.get("rows", 0))),
-        "filtered": round(metrics.get("rows_filtered", 0)),
-        "quarantined": 0,
+        "planned": planned,
+        "trained": trained,
+        "filtered": given - trained,
+        "quarantined": quarantined,
     }
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,26 @@ class Digits(nn.Module):
 
 
 class ToyPolicy(TorchModule):
-    """Samples a digit for each prompt; logs each call so that tests can count them."""
+    """Samples a digit for each prompt; logs each call so that tests can count them.
+
+    Samples whose ids are among `ends` end its process.
+    """
 
     generates = True
     default_threads = 1
 
-    def __init__(self, name: str, *, log: Path | None = None, slow_s: float = 0.0) -> None:
+    def __init__(
+        self,
+        name: str,
+        *,
+        log: Path | None = None,
+        slow_s: float = 0.0,
+        ends: Collection[str] = (),
+    ) -> None:
         super().__init__(name)
         self.log = log
         self.slow_s = slow_s
+        self.ends = frozenset(ends)
 
     def setup(self) -> None:
         self.model = Digits()
@@ -59,15 +70,15 @@ class ToyPolicy(TorchModule):
 
     def forward_step(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
         time.sleep(self.slow_s)
+        if self.ends.intersection(data["sample_id"]):
+            self._log(data["sample_id"])
+            os._exit(1)
         logprobs = self.model.preferences.detach().log_softmax(-1)
         chosen = []
         for seed in data["seed"].tolist():
             generator = torch.Generator().manual_seed(seed)
             chosen.append(int(torch.multinomial(logprobs.exp(), 1, generator=generator)))
-        if self.log is not None:
-            with self.log.open("a") as file:
-                for name in data["sample_id"]:
-                    file.write(f"{os.getpid()} {name}\n")
+        self._log(data["sample_id"])
         digits = torch.tensor(chosen)
         return {
             **data,
@@ -77,18 +88,29 @@ class ToyPolicy(TorchModule):
             "digit": digits,
         }
 
+    def _log(self, samples: Sequence[str]) -> None:
+        if self.log is not None:
+            with self.log.open("a") as file:
+                for name in samples:
+                    file.write(f"{os.getpid()} {name}\n")
+
 
 class ToyReward(BaseModule):
+    """Likes digits near `goal`; hangs on samples whose ids are among `hangs`."""
+
     default_threads = 1
 
-    def __init__(self, name: str, *, goal: int = 7) -> None:
+    def __init__(self, name: str, *, goal: int = 7, hangs: Collection[str] = ()) -> None:
         super().__init__(name)
         self.goal = goal
+        self.hangs = frozenset(hangs)
 
     def setup(self) -> None:
         pass
 
     def forward_step(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
+        if self.hangs.intersection(data.get("sample_id", ())):
+            time.sleep(3600)
         distance = (data["digit"] - self.goal).abs().float()
         return {"reward": 1.0 - distance / DIGITS, "exact": (distance == 0).float()}
 

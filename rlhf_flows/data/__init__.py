@@ -31,9 +31,10 @@ if TYPE_CHECKING:
         training_batches,
     )
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
+    from rlhf_flows.data.quarantine import Blamed, Quarantine
     from rlhf_flows.data.row_types import uniform_rows
     from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
-    from rlhf_flows.data.shards import planned_batch, take_groups
+    from rlhf_flows.data.shards import align, keep_samples, planned_batch, take_groups
     from rlhf_flows.data.stream import ShardHandle, StreamDataset
 
 __all__ = [
@@ -41,13 +42,16 @@ __all__ = [
     "COLUMNS_VERSION",
     "GENERATED_COLUMNS",
     "Batch",
+    "Blamed",
     "Column",
     "EpisodePlan",
     "GroupRef",
     "PlannedShard",
     "PromptDataset",
+    "Quarantine",
     "ShardHandle",
     "StreamDataset",
+    "align",
     "batch_size",
     "check_prompt",
     "collate",
@@ -55,6 +59,7 @@ __all__ = [
     "cut_by_tokens",
     "from_arrow",
     "from_parquet",
+    "keep_samples",
     "load_rows",
     "make_plan",
     "parquet_metadata",
@@ -91,7 +96,8 @@ _HOME = {
     "prompts": ["PromptDataset", "prompt_text"],
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
-    "shards": ["planned_batch", "take_groups"],
+    "quarantine": ["Blamed", "Quarantine"],
+    "shards": ["align", "keep_samples", "planned_batch", "take_groups"],
     "stream": ["ShardHandle", "StreamDataset"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

@@ -95,6 +95,17 @@ class EpisodePlan:
                 columns["seed"].append(sample_seed(self.run_seed, self.episode, name))
         return columns
 
+    def groups(self, shard: int) -> tuple[tuple[str, ...], ...]:
+        """Ids of the samples of a shard, by group, in the order of `samples`."""
+        planned = self.shards[shard]
+        return tuple(
+            tuple(
+                sample_id(self.episode, row, planned.draw(position) * self.group_size + sibling)
+                for sibling in range(self.group_size)
+            )
+            for position, row in enumerate(planned.rows)
+        )
+
     def to_json(self) -> dict[str, Any]:
         """A dict for `json.dumps`, equal for equal plans; `from_json` is its inverse."""
         shards: list[dict[str, Any]] = []
@@ -221,7 +232,8 @@ def training_batches(
 ) -> list[list[GroupRef]]:
     """The batches of training pass `epoch` over the episode: every group once, in whole groups.
 
-    A function of the plan alone, never of the order in which shards arrived. The last batch is
+    A function of the plan alone, never of the order in which shards arrived; a group that is left
+    out leaves its batch smaller (`Quarantine.rows`) and all others as they are. The last batch is
     smaller where the groups do not divide. Raises ConfigError unless `samples_per_batch` is a
     multiple of the group size.
     """

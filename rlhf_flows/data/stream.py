@@ -82,6 +82,11 @@ class StreamDataset:
         self._wake()
         return True
 
+    def replace(self, handle: ShardHandle) -> None:
+        """Another object for a shard that has arrived: the one it had is damaged."""
+        self._arrived[self._arrived.index(self[handle.index])] = handle
+        self._by_index[handle.index] = handle
+
     def fail(self, cause: BaseException) -> None:
         """No more shards will come: whoever waits gets `cause`. The first cause stands."""
         if self._failure is None:

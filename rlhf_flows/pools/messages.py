@@ -114,6 +114,8 @@ class ForwardCall:
     """Tables that are outputs of other nodes of the phase, stored with this one's."""
     base: int | None = None
     """The table that is the rollout shard: what it holds is not stored again."""
+    samples: frozenset[str] | None = None
+    """Ids of the rows of the tables that the call is on; all by default."""
     version: int | None = None
     """The policy version that must be in the weights, for a module that follows a trainer."""
     batch_size: int | None = None
@@ -162,12 +164,14 @@ class TrainCall:
     """Optimizer steps of this episode."""
     method: str
     rows: tuple[TrainRows, ...] = ()
-    """This batch, in order."""
+    """This batch, in order; none where all its groups are left out: the step is then empty."""
     episode_rows: tuple[tuple[TrainRows, ...], ...] | None = None
     """Every batch of the episode, for a module that wants them before its first step."""
     shards: tuple[tuple[int, int], ...] = ()
     """(index, number of tables) of each shard whose tables follow, in order; those of one shard
     are merged, later ones winning. A worker keeps them for the episode."""
+    left_out: frozenset[str] = frozenset()
+    """Ids of samples of these shards that are not trained on; rows are counted without them."""
     sources: tuple[tuple[int, Source], ...] = ()
     """Instead of tables, where a flow has no environment: (shard, rows of the dataset)."""
 

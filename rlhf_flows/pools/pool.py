@@ -2,8 +2,10 @@
 
 Calls go to the first free replica. A replica that dies is replaced, gets its dataset and the right
 weights *before* it gets work, and the call that died with it raises `ReplicaDiedError`, so that the
-caller hands the same shard to whoever is free. Every wait has a timeout that names what it waits
-for. Nothing here touches a batch: arguments and results are references.
+caller hands the same shard to whoever is free. What says something of the work (it ended the
+process, it gave no answer) is told apart from what does not (`NotBegunError`): only the first may
+ever be put down to a sample. Every wait has a timeout that names what it waits for. Nothing here
+touches a batch: arguments and results are references.
 """
 
 from __future__ import annotations
@@ -23,12 +25,20 @@ from ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,
     ObjectLostError,
+    OutOfMemoryError,
     OwnerDiedError,
     RayActorError,
     RayTaskError,
 )
 
-from rlhf_flows.errors import PoolError, ReplicaDiedError, TransientError, WaitTimeoutError
+from rlhf_flows.errors import (
+    NoAnswerError,
+    NotBegunError,
+    PoolError,
+    ReplicaDiedError,
+    TransientError,
+    WaitTimeoutError,
+)
 from rlhf_flows.pools.messages import PoolSpec, WorkerState
 from rlhf_flows.pools.worker import Worker
 
@@ -39,6 +49,8 @@ logger = logging.getLogger(__name__)
 _ATTACH_TIMEOUT_S = 120.0
 _LOADS = 3
 """Times that a replica is started before its deaths while it loads are no accident."""
+_SAY_AT_MOST_EACH_S = 60.0
+"""How often a pool may say who keeps it waiting."""
 _CPU_ALLOCATOR = ":".join(
     (
         "glibc.malloc.hugetlb=1",
@@ -49,7 +61,7 @@ _CPU_ALLOCATOR = ":".join(
 )
 """Memory of tensors up to 1 GiB is kept and used again, in huge pages: activations come and go by
 the hundred megabytes each step, and a tenth of a training pass went into fresh pages."""
-_DEAD = (RayActorError, ActorDiedError, ActorUnavailableError)
+_DEAD = (RayActorError, ActorDiedError, ActorUnavailableError, OutOfMemoryError)
 _LOST = (ObjectLostError, OwnerDiedError)
 
 
@@ -89,12 +101,20 @@ class Pool:
     bring_to: BringTo | None = None
     check_fence: Callable[[], None] | None = None
     """Raises where a newer attempt took over; asked before an actor is started."""
+    moving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held by who brings all replicas to a version (a param sync), and by who asks them for an
+    older one out of turn (a repair): calls that name their version need no lock."""
     reattached: int = 0
     """Replicas that were found alive."""
     _replicas: list[Replica] = field(default_factory=list)
     _free: asyncio.Queue[Replica] = field(default_factory=asyncio.Queue)
     _datasets: dict[str, tuple[str, Any]] = field(default_factory=dict)
-    _restarts: int = 0
+    _deaths: list[str] = field(default_factory=list)
+    """What each death of this phase happened on, less those that were put down to a sample."""
+    _freed: int = 0
+    """How often a replica came free."""
+    _said: float = 0.0
+    """When this pool last said who keeps it waiting."""
     _created: list[Any] = field(default_factory=list)
     """Actors that `open` started, until it is through."""
 
@@ -309,6 +329,8 @@ class Pool:
         timeout_s: float,
         version: int | None = None,
         num_returns: int = 1,
+        wait_s: float | None = None,
+        suspect: bool = False,
     ) -> Any:
         """Calls `method` on the first free replica, on every rank; returns what rank 0 returned.
 
@@ -316,17 +338,35 @@ class Pool:
 
         Args:
             what: Names the work in messages, such as "shard 3 of rollout of episode 2".
+            timeout_s: For the answer, once a replica has begun.
             version: The policy version that the replica must hold; it is brought there first.
+            wait_s: For a replica to come free, `timeout_s` by default; counted anew whenever one
+                does, for then the pool gets on with its work.
+            suspect: The work itself may be what ends its worker: a death is not counted.
 
         Raises:
-            ReplicaDiedError: the replica died, or a reference it was given is lost.
-            WaitTimeoutError: no answer in time; the replica is replaced.
+            ReplicaDiedError: the replica died while it worked.
+            NoAnswerError: no answer in time; the replica is replaced.
+            NotBegunError: no replica was free or ready, or a reference it was given is lost.
         """
-        async with self._claim(what, timeout_s) as replica:
+        every_s = max(timeout_s / 4, _SAY_AT_MOST_EACH_S)
+        async with (
+            self._saying_who_keeps_it(what, every_s),
+            self._claim(what, timeout_s if wait_s is None else wait_s) as replica,
+        ):
             if version is not None and replica.version != version:
-                assert self.bring_to is not None
-                await self.bring_to(self, replica, version)
-            return await self._call_on(replica, method, args, what, timeout_s, num_returns)
+                await self._bring(replica, version, what)
+            return await self._call_on(replica, method, args, what, timeout_s, num_returns, suspect)
+
+    async def _bring(self, replica: Replica, version: int, what: str) -> None:
+        assert self.bring_to is not None
+        try:
+            await self.bring_to(self, replica, version)
+        except (ReplicaDiedError, WaitTimeoutError) as e:
+            raise NotBegunError(
+                f"{what} was not begun: replica {replica.index} of pool {self.name!r} did not get"
+                f" to policy version {version}: {e}"
+            ) from e
 
     async def broadcast(self, method: str, *args: Any, what: str, timeout_s: float) -> list[Any]:
         """Calls `method` on every replica at once, each as soon as it is free."""
@@ -341,7 +381,7 @@ class Pool:
         self, replica: Replica, method: str, *args: Any, what: str, timeout_s: float
     ) -> Any:
         """Calls `method` on one replica. The caller holds it, or does not mind who works on it."""
-        return await self._call_on(replica, method, args, what, timeout_s, 1)
+        return await self._call_on(replica, method, args, what, timeout_s, 1, False)
 
     def tell(self, replica: Replica, method: str, *args: Any) -> None:
         """Calls `method` on every rank of a replica without waiting for an answer."""
@@ -350,32 +390,74 @@ class Pool:
                 getattr(rank, method).remote(self.attempt, *args)
 
     @contextlib.asynccontextmanager
-    async def _claim(self, what: str, timeout_s: float) -> AsyncIterator[Replica]:
+    async def _claim(self, what: str, wait_s: float) -> AsyncIterator[Replica]:
+        replica = await self._next_free(what, wait_s)
         try:
-            async with asyncio.timeout(timeout_s):
-                replica = await self._free.get()
-        except TimeoutError as e:
-            raise WaitTimeoutError(
-                f"{what} waited {timeout_s:g} s for a free replica of pool {self.name!r}:"
-                f" {self._occupation()}"
-            ) from e
-        try:
-            if not replica.alive:
-                replica = await self._replace(replica)
             replica.working_on, replica.since = what, time.monotonic()
+            if not replica.alive:
+                try:
+                    await self._replace(replica)
+                except WaitTimeoutError as e:
+                    raise NotBegunError(f"{what} was not begun: {e}") from e
             yield replica
         finally:
             replica.working_on = ""
+            self._freed += 1
             self._free.put_nowait(replica)
 
+    async def _next_free(self, what: str, wait_s: float) -> Replica:
+        while True:
+            freed = self._freed
+            try:
+                async with asyncio.timeout(wait_s):
+                    return await self._free.get()
+            except TimeoutError as e:
+                if self._freed != freed:
+                    continue
+                raise NotBegunError(
+                    f"{what} waited {wait_s:g} s for a free replica of pool {self.name!r}:"
+                    f" {self._occupation()}"
+                ) from e
+
     def _occupation(self) -> str:
-        now = time.monotonic()
-        return "; ".join(
-            f"replica {r.index} works on {r.working_on} since {now - r.since:.0f} s"
-            if r.working_on
-            else f"replica {r.index} is {'idle' if r.alive else 'dead'}"
-            for r in self._replicas
+        return "; ".join(self._occupation_of(r) for r in self._replicas)
+
+    def _occupation_of(self, replica: Replica) -> str:
+        if not replica.working_on:
+            return f"replica {replica.index} is {'idle' if replica.alive else 'dead'}"
+        seconds = time.monotonic() - replica.since
+        where = f"process {replica.state.pid} on {replica.state.host}"
+        return (
+            f"replica {replica.index} works on {replica.working_on} since {seconds:.0f} s"
+            f" (actor {self._actor_name(replica.index, 0)},"
+            f" {where if replica.alive else 'being replaced'})"
         )
+
+    @contextlib.asynccontextmanager
+    async def _saying_who_keeps_it(self, what: str, every_s: float) -> AsyncIterator[None]:
+        """Warns again and again while the work inside takes long: once for all calls that wait."""
+        saying = asyncio.create_task(self._say_who_keeps_it(what, every_s))
+        try:
+            yield
+        finally:
+            saying.cancel()
+
+    async def _say_who_keeps_it(self, what: str, every_s: float) -> None:
+        started = time.monotonic()
+        while True:
+            await asyncio.sleep(every_s)
+            now = time.monotonic()
+            if now - self._said < every_s / 2:
+                continue
+            self._said = now
+            logger.warning(
+                "run %s: %s is waited for since %.0f s: pool %r: %s",
+                self.spec.run,
+                what,
+                now - started,
+                self.name,
+                self._occupation(),
+            )
 
     async def _call_on(
         self,
@@ -385,6 +467,7 @@ class Pool:
         what: str,
         timeout_s: float,
         num_returns: int,
+        suspect: bool,
     ) -> Any:
         waiting_for = f"{what} on replica {replica.index} of pool {self.name!r}"
         try:
@@ -394,39 +477,44 @@ class Pool:
             ]
             last = [a[-1] if num_returns > 1 else a for a in answers]
             results = await self._gather(last, timeout_s, waiting_for)
-        except WaitTimeoutError:
+        except NoAnswerError:
             # What it does is unknown; only a new process is known to be idle.
-            replica.alive = False
             self._kill(replica.ranks)
+            self._count_death(replica, what, suspect=suspect)
             raise
         except _DEAD as e:
-            replica.alive = False
+            self._count_death(replica, what, suspect=suspect)
             raise ReplicaDiedError(
                 f"replica {replica.index} of pool {self.name!r} died during {what}: {_last_line(e)}"
             ) from e
         except _LOST as e:
-            raise ReplicaDiedError(f"an input of {what} was lost: {_last_line(e)}") from e
+            raise NotBegunError(f"an input of {what} was lost: {_last_line(e)}") from e
         return [*answers[0][:-1], results[0]] if num_returns > 1 else results[0]
 
-    async def _replace(self, dead: Replica) -> Replica:
-        self._restarts += 1
-        if self._restarts > self.max_restarts:
+    def _count_death(self, replica: Replica, what: str, *, suspect: bool) -> None:
+        replica.alive = False
+        if not suspect:
+            self._deaths.append(what)
+
+    def excuse(self, what: str) -> None:
+        """Takes back the deaths that happened on `what`: a sample was found to be their cause."""
+        self._deaths = [w for w in self._deaths if w != what]
+
+    async def _replace(self, dead: Replica) -> None:
+        if len(self._deaths) > self.max_restarts:
             raise PoolError(
-                f"pool {self.name!r}: its replicas died {self._restarts} times within one phase,"
+                f"pool {self.name!r}: its replicas died {len(self._deaths)} times within one phase,"
                 f" more than runtime.max_replica_restarts={self.max_restarts}: look into the"
-                " worker logs of Ray for the cause"
+                f" worker logs of Ray for the cause; the last was during {self._deaths[-1]}"
             )
         logger.warning("replica %d of pool %r is replaced", dead.index, self.name)
         if self.check_fence is not None:
             await asyncio.to_thread(self.check_fence)
-        await self._end(dead.index, dead.ranks)
-        fresh = await self._create(dead.index)
-        dead.ranks, dead.state, dead.alive = fresh.ranks, fresh.state, True
-        return dead
+        await self.rebuild(dead)
 
     def begin_phase(self) -> None:
-        """Restarts are counted per phase."""
-        self._restarts = 0
+        """Deaths are counted per phase."""
+        self._deaths.clear()
 
     async def rebuild(self, replica: Replica) -> None:
         """A new process in place of the replica's: a module as its `setup` leaves it."""
@@ -458,7 +546,7 @@ class Pool:
                 raise cause from e
             raise
         except TimeoutError as e:
-            raise WaitTimeoutError(f"waited {timeout_s:g} s for {waiting_for}") from e
+            raise NoAnswerError(f"waited {timeout_s:g} s for {waiting_for}") from e
 
 
 def _living(namespace: str) -> set[str]:
@@ -478,5 +566,6 @@ def _import_path() -> str:
 
 
 def _last_line(error: BaseException) -> str:
+    """The last line of a message, without what Ray says of deaths in general."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -10,8 +10,16 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from rlhf_flows.data import Batch, batch_size, from_arrow, from_parquet, to_arrow, to_parquet
-from rlhf_flows.errors import DataDamageError
+from rlhf_flows.data import (
+    Batch,
+    align,
+    batch_size,
+    from_arrow,
+    from_parquet,
+    to_arrow,
+    to_parquet,
+)
+from rlhf_flows.errors import DataDamageError, ShardDamageError
 from rlhf_flows.pools.messages import ForwardCall, NodeReport, StoredShard
 from rlhf_flows.store import ObjectStore, commit_bytes
 
@@ -30,13 +38,18 @@ class ShardStore:
         self._store = store
 
     def load(self, table: Any) -> Batch:
-        """A batch from an Arrow table, or from the object that a `StoredShard` names."""
+        """A batch from an Arrow table, or from the object that a `StoredShard` names.
+
+        Raises ShardDamageError, which names the object, where its bytes are not those written.
+        """
         if not isinstance(table, StoredShard):
             return from_arrow(table)
         try:
             return from_parquet(self._store.get(table.key))
         except DataDamageError as e:
-            raise DataDamageError(f"the shard {self._store.url}/{table.key} is damaged: {e}") from e
+            raise ShardDamageError(
+                f"the shard {self._store.url}/{table.key} is damaged: {e}", key=table.key
+            ) from e
 
     def commit(
         self,
@@ -63,9 +76,9 @@ class ShardStore:
         data = to_parquet(table)
         adopted = not commit_bytes(self._store, call.commit.key, data)
         if adopted:
-            theirs = from_parquet(self._store.get(call.commit.key))
+            theirs = self.load(StoredShard(key=call.commit.key))
             table = to_arrow(theirs)
-            whole = merge([b for b in (base, theirs) if b is not None])
+            whole = merge(align([b for b in (base, theirs) if b is not None]))
         report = replace(report, key=call.commit.key, num_bytes=len(data), adopted=adopted)
         return table, whole, report
 

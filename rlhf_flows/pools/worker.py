@@ -29,7 +29,16 @@ import cloudpickle
 import numpy as np
 import torch
 
-from rlhf_flows.data import Batch, batch_size, collate, concat, select, to_arrow
+from rlhf_flows.data import (
+    Batch,
+    align,
+    batch_size,
+    collate,
+    concat,
+    keep_samples,
+    select,
+    to_arrow,
+)
 from rlhf_flows.errors import (
     DataError,
     FencedError,
@@ -209,7 +218,8 @@ class Worker:
         self._enter(call.attempt)
         self._busy = True
         try:
-            return self._forward(call, [self._shards.load(t) for t in tables])
+            batches = [keep_samples(self._shards.load(t), call.samples) for t in tables]
+            return self._forward(call, batches)
         finally:
             self._leave()
 
@@ -297,6 +307,9 @@ class Worker:
 
     def _train(self, call: TrainCall, tables: Sequence[Any]) -> Mapping[str, float]:
         started = time.perf_counter()
+        # First, as a shard may turn out to be damaged: nothing must have happened by then, so that
+        # the same call can be made again.
+        shards = self._shards_of(call, tables)
         if call.index == 0:
             if not self._clean or self._version != call.version:
                 raise PoolError(
@@ -316,26 +329,22 @@ class Worker:
             )
         self._clean = False
         self._sent = self._digest = None
-        given = iter(tables)
-        for shard, count in call.shards:
-            episode.shards[shard] = merge([self._shards.load(next(given)) for _ in range(count)])
-        for shard, source in call.sources:
-            episode.shards[shard] = self._source(source)
+        episode.shards |= shards
         where = (self._module.name, call.method, "training", call.episode, call.index)
         if call.episode_rows is not None:
             with _naming(*where, None):
-                prepared = [
-                    self._module.prepare_batch(episode.rows(rows)) for rows in call.episode_rows
-                ]
-                episode.prepared = self._module.before_updates(prepared)
-        if episode.prepared is not None:
-            batch = episode.prepared[call.index]
-        else:
-            with _naming(*where, None):
-                batch = self._module.prepare_batch(episode.rows(call.rows))
-        with _naming(*where, batch):
-            micro_batches = self._module.micro_batches(batch)
-            metrics = getattr(self._module, call.method)(micro_batches, call.iteration) or {}
+                self._prepare_episode(episode, call.episode_rows)
+        batch: Batch = {}
+        metrics: Mapping[str, float] = {}
+        if call.rows:
+            if episode.prepared is not None:
+                batch = episode.prepared[call.index]
+            else:
+                with _naming(*where, None):
+                    batch = self._module.prepare_batch(episode.rows(call.rows))
+            with _naming(*where, batch):
+                micro_batches = self._module.micro_batches(batch)
+                metrics = getattr(self._module, call.method)(micro_batches, call.iteration) or {}
         episode.done += 1
         if episode.done == call.num_updates:
             with _naming(
@@ -347,6 +356,26 @@ class Worker:
         samples = {name: mean for name, (mean, _) in metrics_of(batch).items()}
         seconds = time.perf_counter() - started
         return {**samples, **found, "seconds": seconds, "rows": float(batch_size(batch))}
+
+    def _shards_of(self, call: TrainCall, tables: Sequence[Any]) -> dict[int, Batch]:
+        """The shards that come with a call, each merged from its tables."""
+        given = iter(tables)
+        shards = {}
+        for shard, count in call.shards:
+            merged = merge(align([self._shards.load(next(given)) for _ in range(count)]))
+            shards[shard] = keep_samples(merged, but=call.left_out)
+        for shard, source in call.sources:
+            shards[shard] = self._source(source)
+        return shards
+
+    def _prepare_episode(
+        self, episode: _EpisodeTraining, batches: Sequence[tuple[TrainRows, ...]]
+    ) -> None:
+        """Prepares the batches of the episode that have rows, and shows them to the module."""
+        with_rows = [index for index, rows in enumerate(batches) if rows]
+        prepared = [self._module.prepare_batch(episode.rows(batches[i])) for i in with_rows]
+        shown = self._module.before_updates(prepared) if prepared else []
+        episode.prepared = dict(zip(with_rows, shown, strict=True))
 
     # ---- weights and checkpoints ----------------------------------------------------------
 
@@ -508,7 +537,8 @@ class _EpisodeTraining:
         self.number = number
         self.done = 0
         self.shards: dict[int, Batch] = {}
-        self.prepared: list[Batch] | None = None
+        self.prepared: dict[int, Batch] | None = None
+        """By index of the optimizer step, where the module wants the episode."""
 
     def rows(self, parts: Sequence[TrainRows]) -> Batch:
         """The rows in the order of `parts`: one pass over each shard, however many parts it has."""

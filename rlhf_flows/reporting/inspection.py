@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from rlhf_flows.data import from_parquet, to_samples
+from rlhf_flows.data import align, from_parquet, to_samples
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.pools.registry import living_actors, release_actors
 from rlhf_flows.store import (
@@ -92,8 +92,9 @@ def _samples(store: ObjectStore, state: RunState, count: int) -> Iterator[Table]
         return
     last = scored[-1]
     index = next(i for i in last.scoring if i in last.rollout)
-    batch = from_parquet(store.get(last.rollout[index]))
-    batch |= from_parquet(store.get(last.scoring[index]))
+    keys = last.rollout[index], last.scoring[index]
+    sampled, rewarded = align([from_parquet(store.get(key)) for key in keys])
+    batch = sampled | rewarded
     table = Table("sample", "prompt", "completion", "reward", title=f"episode {last.episode}")
     for sample in to_samples(batch)[:count]:
         table.add_row(

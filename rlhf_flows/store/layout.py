@@ -28,6 +28,7 @@ Kind = Literal[
     "checkpoint_file",
     "weights_file",
     "evaluation_shard",
+    "evaluation_tombstone",
     "evaluation_done",
     "deleted",
 ]
@@ -91,8 +92,15 @@ class RunLayout:
     def evaluation_prefix(self, version: int, digest: str) -> str:
         return f"{self.run}/evaluations/version={version:06d}/eval={_check_word(digest)}"
 
-    def evaluation_shard(self, version: int, digest: str, index: int) -> str:
-        return f"{self.evaluation_prefix(version, digest)}/shard-{index:05d}.parquet"
+    def evaluation_shard(self, version: int, digest: str, index: int, generation: int = 0) -> str:
+        name = _shard_name(index, generation)
+        return f"{self.evaluation_prefix(version, digest)}/{name}.parquet"
+
+    def evaluation_tombstone(
+        self, version: int, digest: str, index: int, generation: int = 0
+    ) -> str:
+        name = _shard_name(index, generation)
+        return f"{self.evaluation_prefix(version, digest)}/{name}.tombstone.json"
 
     def evaluation_done(self, version: int, digest: str) -> str:
         return f"{self.evaluation_prefix(version, digest)}/done.json"
@@ -105,8 +113,7 @@ class RunLayout:
         return f"{self.run}/episodes/episode={episode:06d}"
 
     def _shard(self, phase: ShardPhase, episode: int, index: int, generation: int) -> str:
-        suffix = f".g{generation}" if generation else ""
-        return f"{self._episode(episode)}/{phase}/shard-{index:05d}{suffix}"
+        return f"{self._episode(episode)}/{phase}/{_shard_name(index, generation)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,6 +153,10 @@ def parse_key(run: str, key: str) -> KeyParts | None:
     return None
 
 
+def _shard_name(index: int, generation: int) -> str:
+    return f"shard-{index:05d}.g{generation}" if generation else f"shard-{index:05d}"
+
+
 def _check_word(word: str) -> str:
     if not re.fullmatch(_WORD, word):
         raise StoreError(f"{word!r} cannot be part of a key: use letters, digits, '_' and '-'")
@@ -182,7 +193,8 @@ _SPELLINGS: tuple[tuple[Kind, str], ...] = (
     ("quarantine", rf"{_EPISODE}/quarantine/{_word('word')}\.json"),
     ("checkpoint_file", rf"checkpoints/{_FOLDER}/(?P<rest>.+)"),
     ("weights_file", rf"weights/{_FOLDER}/(?P<rest>.+)"),
-    ("evaluation_shard", rf"{_EVALUATION}/{_SHARD}\.parquet"),
+    ("evaluation_shard", rf"{_EVALUATION}/{_SHARD}{_GENERATION}\.parquet"),
+    ("evaluation_tombstone", rf"{_EVALUATION}/{_SHARD}{_GENERATION}\.tombstone\.json"),
     ("evaluation_done", rf"{_EVALUATION}/done\.json"),
     ("deleted", rf"deleted/(?P<rest>(?:checkpoints|weights)/{_FOLDER})\.json"),
 )

@@ -49,8 +49,14 @@ class EvaluationState:
     """What exists of one evaluation of one policy version."""
 
     shards: Mapping[int, str]
-    """Shard index -> key."""
+    """Shard index -> key of the generation that counts."""
     done: bool
+    damaged: Mapping[int, int] = field(default_factory=dict)
+    """Shard index -> newest generation that is known to be damaged."""
+
+    def next_generation(self, index: int) -> int:
+        """The generation under which a missing shard is to be written."""
+        return self.damaged.get(index, -1) + 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +97,7 @@ def scan_keys(run: str, keys: Iterable[str]) -> RunState:
     layout = RunLayout(run)
     attempts: list[int] = []
     episodes: dict[int, _Episode] = {}
-    shards: dict[tuple[int, str], dict[int, str]] = {}
-    done: set[tuple[int, str]] = set()
+    evaluations: dict[tuple[int, str], _Evaluation] = {}
     folders: set[str] = set()
     deleted: set[str] = set()
     exists = False
@@ -111,24 +116,65 @@ def scan_keys(run: str, keys: Iterable[str]) -> RunState:
                 folders.add(layout.weights_prefix(parts.version, parts.word))
             case KeyParts(kind="deleted"):
                 deleted.add(f"{run}/{parts.rest}")
-            case KeyParts(kind="evaluation_shard"):
-                shards.setdefault((parts.version, parts.word), {})[parts.index] = key
-            case KeyParts(kind="evaluation_done"):
-                shards.setdefault((parts.version, parts.word), {})
-                done.add((parts.version, parts.word))
+            case KeyParts(kind="evaluation_shard" | "evaluation_tombstone" | "evaluation_done"):
+                which = parts.version, parts.word
+                evaluations.setdefault(which, _Evaluation()).add(parts, key)
             case KeyParts() if parts.episode >= 0:
                 episodes.setdefault(parts.episode, _Episode()).add(parts, key)
     return RunState(
         exists=exists,
         attempts=tuple(sorted(attempts)),
         episodes={number: episodes[number].state(number) for number in sorted(episodes)},
-        evaluations={
-            which: EvaluationState(shards=dict(sorted(found.items())), done=which in done)
-            for which, found in sorted(shards.items())
-        },
+        evaluations={which: found.state() for which, found in sorted(evaluations.items())},
         folders=frozenset(folders),
         deleted=frozenset(deleted),
     )
+
+
+@dataclass(slots=True)
+class _Generations:
+    """The shards of one phase, or of one evaluation, and which generation of each counts."""
+
+    newest: dict[int, tuple[int, str]] = field(default_factory=dict)
+    """Shard index -> newest generation and its key."""
+    damaged: dict[int, int] = field(default_factory=dict)
+    """Shard index -> newest generation that has a tombstone."""
+
+    def add(self, parts: KeyParts, key: str) -> None:
+        if parts.generation >= self.newest.get(parts.index, (0, ""))[0]:
+            self.newest[parts.index] = parts.generation, key
+
+    def bury(self, parts: KeyParts) -> None:
+        self.damaged[parts.index] = max(parts.generation, self.damaged.get(parts.index, 0))
+
+    def counting(self) -> dict[int, str]:
+        return {
+            index: key
+            for index, (generation, key) in sorted(self.newest.items())
+            if generation > self.damaged.get(index, -1)
+        }
+
+
+@dataclass(slots=True)
+class _Evaluation:
+    """What a scan has seen of one evaluation so far."""
+
+    shards: _Generations = field(default_factory=_Generations)
+    done: bool = False
+
+    def add(self, parts: KeyParts, key: str) -> None:
+        match parts.kind:
+            case "evaluation_shard":
+                self.shards.add(parts, key)
+            case "evaluation_tombstone":
+                self.shards.bury(parts)
+            case "evaluation_done":
+                self.done = True
+
+    def state(self) -> EvaluationState:
+        return EvaluationState(
+            shards=self.shards.counting(), done=self.done, damaged=self.shards.damaged
+        )
 
 
 @dataclass(slots=True)
@@ -138,9 +184,9 @@ class _Episode:
     waves: list[int] = field(default_factory=list)
     quarantined: list[str] = field(default_factory=list)
     trained: bool = False
-    damaged: dict[tuple[ShardPhase, int], int] = field(default_factory=dict)
-    shards: dict[tuple[ShardPhase, int], tuple[int, str]] = field(default_factory=dict)
-    """(phase, shard index) -> newest generation and its key."""
+    shards: dict[ShardPhase, _Generations] = field(
+        default_factory=lambda: {"rollout": _Generations(), "scoring": _Generations()}
+    )
 
     def add(self, parts: KeyParts, key: str) -> None:
         match parts.kind:
@@ -151,27 +197,21 @@ class _Episode:
             case "trained":
                 self.trained = True
             case "tombstone" if parts.phase:
-                which = parts.phase, parts.index
-                self.damaged[which] = max(parts.generation, self.damaged.get(which, 0))
+                self.shards[parts.phase].bury(parts)
             case "shard" if parts.phase:
-                which = parts.phase, parts.index
-                if parts.generation >= self.shards.get(which, (0, ""))[0]:
-                    self.shards[which] = parts.generation, key
+                self.shards[parts.phase].add(parts, key)
 
     def state(self, episode: int) -> EpisodeState:
-        def counting(phase: ShardPhase) -> dict[int, str]:
-            return {
-                index: key
-                for (of, index), (generation, key) in sorted(self.shards.items())
-                if of == phase and generation > self.damaged.get((of, index), -1)
-            }
-
         return EpisodeState(
             episode=episode,
             plans=tuple(sorted(self.waves)),
-            rollout=counting("rollout"),
-            scoring=counting("scoring"),
+            rollout=self.shards["rollout"].counting(),
+            scoring=self.shards["scoring"].counting(),
             quarantined=tuple(sorted(self.quarantined)),
             trained=self.trained,
-            damaged=self.damaged,
+            damaged={
+                (phase, index): generation
+                for phase, shards in self.shards.items()
+                for index, generation in shards.damaged.items()
+            },
         )

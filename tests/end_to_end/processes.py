@@ -30,13 +30,14 @@ def start_victim(
     environment: Mapping[str, str] | None = None,
     models: Mapping[str, Any] | None = None,
     slow_s: float = 0.0,
+    ends: Iterable[str] = (),
     **runtime: Any,
 ) -> subprocess.Popen[bytes]:
     """Starts a run that dies at the point `die`; what it prints is in `log` with suffix .log.
 
-    Its policy takes `slow_s` longer for each shard. It starts a Ray head of its own where no
-    `address` is given, and a server if asked to. Runs named in `first`, as store and name, come
-    before, in the same process, to their end.
+    Its policy takes `slow_s` longer for each shard; samples in `ends` end its worker. It starts a
+    Ray head of its own where no `address` is given, and a server if asked to. Runs named in
+    `first`, as store and name, come before, in the same process, to their end.
     """
     settings = {
         "signal": signal_name,
@@ -45,6 +46,7 @@ def start_victim(
         "first": [(str(store), run) for store, run in first],
         "log": str(log),
         "die": die,
+        "ends": list(ends),
         "address": address,
         "models": dict(models or {}),
         "slow_s": slow_s,

@@ -67,7 +67,9 @@ def main(settings: dict[str, Any]) -> None:
     SIGNAL = signal.Signals[settings["signal"]]
     point = settings["die"]
     around_commit(point)
-    engine = toy_engine(log=Path(settings["log"]), slow_s=settings["slow_s"])
+    engine = toy_engine(
+        log=Path(settings["log"]), slow_s=settings["slow_s"], ends=settings["ends"]
+    )
     with prefect_api() as server:  # as the command line does
         if server is not None:
             server.wait()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,12 +33,14 @@ def toy_engine(
     rows: int = 64,
     eval_rows: int = 16,
     slow_s: float = 0.0,
+    ends: Collection[str] = (),
+    hangs: Collection[str] = (),
     **trainer: Any,
 ) -> GRPOEngine:
     engine = GRPOEngine(
-        ToyPolicy("policy", log=log, slow_s=slow_s),
+        ToyPolicy("policy", log=log, slow_s=slow_s, ends=ends),
         ToyTrainer("trainer", **trainer),
-        ToyReward("reward"),
+        ToyReward("reward", hangs=hangs),
         name="toy",
     )
     engine.set_dataset([{"prompt": str(i)} for i in range(rows)])

@@ -19,6 +19,8 @@ from torch import nn
 
 from rlhf_flows.errors import (
     FencedError,
+    NoAnswerError,
+    NotBegunError,
     PoolError,
     ReplicaDiedError,
     ShardError,
@@ -256,6 +258,33 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     assert (await shard(1)).rows == 8
 
 
+async def test_deaths_that_a_sample_caused_are_not_held_against_the_pool(
+    make_pool: MakePool, tmp_path: Path
+) -> None:
+    pool = make_pool(Killable("policy", tmp_path / "kill"), max_restarts=0)
+    await pool.open()
+    await pool.set_dataset("train", "digest", ROWS)
+
+    async def shard(what: str, *, suspect: bool = False) -> Any:
+        call = replace(rollout_call(0, 0), commit=None)
+        answer = await pool.call(
+            "forward", call, what=what, timeout_s=30, num_returns=3, suspect=suspect
+        )
+        return answer[2]
+
+    for what, suspect in (("a shard", False), ("a part of it", True)):
+        (tmp_path / "kill").touch()
+        with pytest.raises(ReplicaDiedError, match=f"died during {what}"):
+            await shard(what, suspect=suspect)
+        pool.excuse("a shard")
+    assert (await shard("the rest")).rows == 8
+    (tmp_path / "kill").touch()
+    with pytest.raises(ReplicaDiedError):
+        await shard("another")
+    with pytest.raises(PoolError, match=r"died 1 times .*; the last was during another"):
+        await shard("the rest")
+
+
 class Slow(Plain):
     def forward_step(self, data: Any, iteration: int = 0) -> Any:
         time.sleep(60)
@@ -278,16 +307,70 @@ async def test_waits_end_and_name_what_they_waited_for(make_pool: MakePool) -> N
         pool.call("forward", call, what="shard 0 of rollout", timeout_s=2, num_returns=3)
     )
     await asyncio.sleep(0.2)
-    with pytest.raises(WaitTimeoutError) as waited:
+    with pytest.raises(NotBegunError) as waited:
         await pool.call("state", what="shard 1 of rollout", timeout_s=0.5)
     assert "shard 1 of rollout waited 0.5 s for a free replica of pool 'slow'" in str(waited.value)
     assert "replica 0 works on shard 0 of rollout since" in str(waited.value)
-    with pytest.raises(WaitTimeoutError, match=r"waited 2 s for shard 0 of rollout on replica 0"):
+    with pytest.raises(NoAnswerError, match=r"waited 2 s for shard 0 of rollout on replica 0"):
         await working
     # What it did is unknown: only a new process is known to be idle.
     await gone(pid)
     state = await pool.call("state", what="a look", timeout_s=60)
     assert state.pid != pid
+
+
+async def test_a_pool_says_who_keeps_it_waiting(
+    make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("rlhf_flows.pools.pool._SAY_AT_MOST_EACH_S", 0.3)
+    pool = make_pool(Slow("slow"))
+    await pool.open()
+    await pool.set_dataset("train", "digest", ROWS)
+    call = replace(rollout_call(0, 0), version=None, commit=None)
+    pid = pids(pool)[0]
+    working = asyncio.create_task(
+        pool.call("forward", call, what="shard 0 of rollout", timeout_s=1.5, num_returns=3)
+    )
+    await asyncio.sleep(0.1)
+    waiting = asyncio.create_task(pool.call("state", what="shard 1 of rollout", timeout_s=30))
+    with pytest.raises(NoAnswerError):
+        await working
+    await waiting
+    said = [r.getMessage() for r in caplog.records if "is waited for" in r.getMessage()]
+    assert 2 <= len(said) <= 6, "as often as it may, not once for each call"
+    assert "replica 0 works on shard 0 of rollout since" in said[0]
+    assert f"(actor slow/0/0, process {pid} on " in said[0]
+
+
+async def test_a_queue_that_moves_is_no_reason_to_give_up(make_pool: MakePool) -> None:
+    pool = make_pool(ToyPolicy("policy", slow_s=0.4))
+    await pool.open()
+    await pool.set_dataset("train", "digest", ROWS)
+
+    async def shard(index: int) -> Any:
+        call = replace(rollout_call(0, 0), commit=None)
+        return await pool.call(
+            "forward", call, what=f"shard {index}", timeout_s=20, wait_s=0.9, num_returns=3
+        )
+
+    await asyncio.gather(*(shard(i) for i in range(6)))
+
+
+async def test_what_a_module_waited_for_in_vain_does_not_end_its_replica(
+    make_pool: MakePool,
+) -> None:
+    class Patient(Slow):
+        def forward_step(self, data: Any, iteration: int = 0) -> Any:
+            raise WaitTimeoutError("the judge did not answer")
+
+    pool = make_pool(Patient("patient"))
+    await pool.open()
+    await pool.set_dataset("train", "digest", ROWS)
+    call = replace(rollout_call(0, 0), version=None, commit=None)
+    with pytest.raises(WaitTimeoutError, match="the judge did not answer") as raised:
+        await pool.call("forward", call, what="shard 0", timeout_s=20, num_returns=3)
+    assert not isinstance(raised.value, NoAnswerError)
+    assert pool.replicas[0].alive
 
 
 async def test_what_user_code_raises_reaches_the_caller_as_it_is(make_pool: MakePool) -> None:

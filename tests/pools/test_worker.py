@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,15 @@ import pytest
 import torch
 
 from rlhf_flows.data import from_arrow, from_parquet, to_arrow
-from rlhf_flows.errors import DataError, FencedError, PoolError, ShardError, SyncError
-from rlhf_flows.pools.messages import ForwardCall, StoredShard, TrainRows
+from rlhf_flows.errors import (
+    DataError,
+    FencedError,
+    PoolError,
+    ShardDamageError,
+    ShardError,
+    SyncError,
+)
+from rlhf_flows.pools.messages import Commit, ForwardCall, StoredShard, TrainRows
 from rlhf_flows.pools.worker import Worker
 from rlhf_flows.store import open_store, take_attempt
 from tests.pools.specs import LAYOUT, ROWS, RUN, rollout_call, spec_of, train_call
@@ -127,6 +135,126 @@ def test_a_smaller_batch_of_the_module_gives_the_same_shard(tmp_path: Path) -> N
 def test_a_sampler_at_another_version_refuses_the_shard(policy: Worker) -> None:
     with pytest.raises(PoolError, match=r"holds policy version 0, shard 1 .* asks for version 4"):
         policy.forward(rollout_call(4, 1, version=4))
+
+
+# ---- samples that are left out ----------------------------------------------------------------
+
+
+def scoring_call(samples: frozenset[str]) -> ForwardCall:
+    return dataclasses.replace(
+        rollout_call(0, 0),
+        phase="scoring",
+        inputs=(0,),
+        base=0,
+        source=None,
+        version=None,
+        samples=samples,
+        commit=Commit(key=LAYOUT.shard("scoring", 0, 0)),
+    )
+
+
+def test_a_part_of_a_shard_is_made_without_a_trace(policy: Worker, tmp_path: Path) -> None:
+    table, _, _ = policy.forward(rollout_call(0, 0))
+    (whole,) = tmp_path.rglob("*.parquet")
+    ids = from_arrow(table)["sample_id"]
+    reward = worker_of(ToyReward("reward"), tmp_path)
+    call = dataclasses.replace(scoring_call(frozenset(ids[2:5])), commit=None, base=None)
+    part, _, report = reward.forward(call, table)
+    assert report.rows == 3
+    assert from_arrow(part)["sample_id"] == ids[2:5]
+    assert list(tmp_path.rglob("*.parquet")) == [whole]
+
+
+def test_a_scored_shard_lacks_who_is_left_out_and_training_takes_the_rows_that_both_have(
+    policy: Worker, tmp_path: Path
+) -> None:
+    sampled, _, _ = policy.forward(rollout_call(0, 0))
+    batch = from_arrow(sampled)
+    kept = batch["sample_id"][:2] + batch["sample_id"][4:]
+    reward = worker_of(ToyReward("reward"), tmp_path)
+    _, _, report = reward.forward(scoring_call(frozenset(kept)), sampled)
+    stored = from_parquet((tmp_path / report.key).read_bytes())
+    assert set(stored) == {"sample_id", "reward", "exact"}
+    assert stored["sample_id"] == kept
+
+    class Seeing(ToyTrainer):
+        def train_step(self, data: Any, iteration: int) -> Any:
+            self.__dict__.setdefault("seen", []).extend(data)
+            return super().train_step(data, iteration)
+
+    trainer = worker_of(Seeing("trainer"), tmp_path)
+    # A row that was scored before its group was left out is not trained on either.
+    call = train_call(
+        0,
+        0,
+        rows=(TrainRows(shard=0, rows=(2, 3)), TrainRows(shard=0, rows=(0, 1))),
+        shards=((0, 2),),
+        left_out=frozenset(kept[2:4]),
+        num_updates=1,
+    )
+    metrics = trainer.train(call, sampled, StoredShard(key=report.key))
+    (seen,) = trainer._module.seen
+    wanted = [*kept[4:6], *kept[0:2]]
+    assert seen["sample_id"] == wanted
+    digits = [int(batch["digit"][batch["sample_id"].index(name)]) for name in wanted]
+    assert seen["digit"].tolist() == digits
+    assert seen["reward"].tolist() == pytest.approx([1 - abs(d - 7) / 10 for d in digits])
+    assert metrics["rows"] == 4
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_step_whose_groups_are_all_left_out_trains_nothing_and_counts(
+    tmp_path: Path, whole: bool
+) -> None:
+    class Episodic(ToyTrainer):
+        shown = 0
+
+        def before_updates(self, batches: Any) -> Any:
+            self.shown = len(batches)
+            return batches
+
+    worker = worker_of(Episodic("trainer"), tmp_path)
+    rows = (TrainRows(shard=1, rows=tuple(range(8))),)
+    episode_rows = ((), rows) if whole else None
+    before = worker.weights_digest(1)
+    shards = ((1, 1),) if whole else ()
+    tables = [episode_table(1)]
+    first = train_call(0, 0, rows=(), shards=shards, episode_rows=episode_rows)
+    metrics = worker.train(first, *(tables if whole else ()))
+    assert metrics["rows"] == 0
+    assert "loss" not in metrics
+    assert worker._module.shown == int(whole)
+    worker.train(train_call(0, 1, shards=() if whole else ((1, 1),)), *([] if whole else tables))
+    assert worker.weights_digest(1) != before
+    worker.committed(1, 1)
+    assert worker.state().clean
+
+
+# ---- damage -----------------------------------------------------------------------------------
+
+
+def test_a_damaged_shard_is_named_across_processes_and_the_step_can_be_made_again(
+    policy: Worker, trainer: Worker, tmp_path: Path
+) -> None:
+    _, _, report = policy.forward(rollout_call(0, 0))
+    path = tmp_path / report.key
+    sound = path.read_bytes()
+    path.write_bytes(sound[:200] + bytes([sound[200] ^ 1]) + sound[201:])
+    call = train_call(0, 0, shards=((0, 1), (9, 1)))
+    with pytest.raises(ShardDamageError, match="is damaged") as raised:
+        trainer.train(call, episode_table(0), StoredShard(key=report.key))
+    again = pickle.loads(pickle.dumps(raised.value))
+    assert (again.key, str(again)) == (report.key, str(raised.value))
+    assert (trainer.state().clean, trainer.state().version) == (True, 0)
+    path.write_bytes(sound)
+    trainer.train(call, episode_table(0), StoredShard(key=report.key))
+    # In the middle of an episode, too.
+    path.write_bytes(sound[:-1])
+    step = train_call(0, 1, shards=((1, 1), (8, 1)))
+    with pytest.raises(ShardDamageError):
+        trainer.train(step, episode_table(1), StoredShard(key=report.key))
+    path.write_bytes(sound)
+    trainer.train(step, episode_table(1), StoredShard(key=report.key))
 
 
 # ---- the fence --------------------------------------------------------------------------------

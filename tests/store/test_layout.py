@@ -106,8 +106,12 @@ def test_a_key_parses_back_to_what_it_was_made_of(run, data):
             KeyParts(kind="weights_file", rest="x", **folder),
         ),
         (
-            layout.evaluation_shard(version, word, index),
-            KeyParts(kind="evaluation_shard", index=index, **folder),
+            layout.evaluation_shard(version, word, index, generation),
+            KeyParts(kind="evaluation_shard", index=index, generation=generation, **folder),
+        ),
+        (
+            layout.evaluation_tombstone(version, word, index, generation),
+            KeyParts(kind="evaluation_tombstone", index=index, generation=generation, **folder),
         ),
         (layout.evaluation_done(version, word), KeyParts(kind="evaluation_done", **folder)),
         (

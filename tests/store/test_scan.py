@@ -92,6 +92,21 @@ def test_the_newest_generation_counts_unless_its_tombstone_stands(shards, tombst
     assert episode.scoring == {}
 
 
+@given(shards=generations, tombstones=generations, rng=st.randoms())
+def test_generations_count_in_evaluations_as_they_do_in_episodes(shards, tombstones, rng):
+    keys = [LAYOUT.evaluation_shard(2, DIGEST, 7, g) for g in shards]
+    keys += [LAYOUT.evaluation_tombstone(2, DIGEST, 7, g) for g in tombstones]
+    keys += [LAYOUT.evaluation_done(2, DIGEST)]
+    rng.shuffle(keys)
+    found = scan_keys("r", keys).evaluations[2, DIGEST]
+    newest_damaged = max(tombstones, default=-1)
+    assert found.next_generation(7) == newest_damaged + 1
+    if max(shards, default=-1) > newest_damaged:
+        assert found.shards == {7: LAYOUT.evaluation_shard(2, DIGEST, 7, max(shards))}
+    else:
+        assert found.shards == {}
+
+
 def test_quarantined_samples_are_listed():
     key = LAYOUT.quarantine(1, "e000001-r000012-s02")
     assert scan_keys("r", [key]).episode(1).quarantined == ("e000001-r000012-s02",)
