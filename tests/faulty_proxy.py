@@ -7,6 +7,7 @@ included, so that signatures still hold. What it did to each request is in `seen
 from __future__ import annotations
 
 import asyncio
+import io
 import random
 import re
 import socket
@@ -158,7 +159,7 @@ class FaultyProxy:
             headers.popall(name, None)
         url = URL(f"{self.upstream}{request.raw_path}", encoded=True)
         async with self.session.request(
-            request.method, url, headers=headers, data=body, allow_redirects=False
+            request.method, url, headers=headers, data=io.BytesIO(body), allow_redirects=False
         ) as reply:
             answer = await reply.read()
         kept = reply.headers.copy()
@@ -171,9 +172,9 @@ class FaultyProxy:
     async def run(self, started: threading.Event, stop: asyncio.Event) -> None:
         app = web.Application(client_max_size=1 << 30)
         app.router.add_route("*", "/{key:.*}", self.handle)
-        runner = web.AppRunner(app, access_log=None)
+        runner = web.AppRunner(app, access_log=None, shutdown_timeout=1)
         await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0, shutdown_timeout=1)
+        site = web.TCPSite(runner, "127.0.0.1", 0)
         await site.start()
         self.url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         async with aiohttp.ClientSession(auto_decompress=False) as self.session:

@@ -11,7 +11,6 @@ from rlhf_flows.attempt.description import Checked
 from rlhf_flows.config import MAY_CHANGE, EngineConfig
 from rlhf_flows.errors import ConfigError, StoreError, StoreUnavailableError
 from rlhf_flows.store import (
-    BRIEF_S,
     ObjectStore,
     RunRecord,
     check_run_name,
@@ -19,6 +18,7 @@ from rlhf_flows.store import (
     open_store,
     probe_put_if_absent,
 )
+from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["check_store", "claim_run", "new_run_name", "open_probed_store"]
 

@@ -12,14 +12,13 @@ from rlhf_flows.store.commit import Commit, commit_bytes, commit_json, read_json
 from rlhf_flows.store.layout import KeyParts, RunLayout, ShardPhase, check_run_name, parse_key
 from rlhf_flows.store.objects import FileRecord, ObjectInfo, ObjectStore
 from rlhf_flows.store.open import open_store
-from rlhf_flows.store.patience import BRIEF_S, Patience
+from rlhf_flows.store.patience import Patience
 from rlhf_flows.store.probe import probe_put_if_absent
 from rlhf_flows.store.runs import RunRecord, config_digest, open_run
 from rlhf_flows.store.scan import EpisodeState, EvaluationState, RunState, scan, scan_keys
 from rlhf_flows.store.sweeping import sweep_folders, sweep_run
 
 __all__ = [
-    "BRIEF_S",
     "Attempt",
     "Commit",
     "EpisodeState",

@@ -15,6 +15,7 @@ from tests.faulty_proxy import FaultyProxy, faulty_proxy
 
 @pytest.fixture
 def proxy(bucket, monkeypatch):
+    monkeypatch.setattr("rlhf_flows.store.probe._NUM_KEYS", 4)  # how many is not the point here
     with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         yield proxy

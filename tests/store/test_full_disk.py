@@ -95,7 +95,7 @@ def test_a_working_folder_waits_for_room_and_says_that_a_retry_will_do(tmp_path)
         tmp_path,
         """
 import rlhf_flows.store.working as working
-working._MARGIN_BYTES = 0
+working._MARGIN_BYTES = 1 << 20
 
 def export():
     import torch
