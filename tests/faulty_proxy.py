@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+from urllib.parse import unquote
 
 import aiohttp
 from aiohttp import web
@@ -131,10 +132,9 @@ class FaultyProxy:
     def _fault_of(self, request: web.Request) -> tuple[Fault | Literal["away"] | None, float]:
         if time.monotonic() < self._away_until_s:
             return "away", 0.0
+        path = unquote(request.raw_path)
         for rule in self.rules:
-            if rule.method not in ("", request.method) or not re.search(
-                rule.path, request.raw_path
-            ):
+            if rule.method not in ("", request.method) or not re.search(rule.path, path):
                 continue
             if rule.skip:
                 rule.skip -= 1
