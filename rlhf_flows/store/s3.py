@@ -8,9 +8,10 @@ The decisions here:
   that uses the store: the store pickles as its URL alone.
 - Nothing cached that could be stale: neither s3fs's listings nor its instances (which go on with
   old credentials). Each process builds its client on first use: a client does not survive a fork.
-- Every request is repeated by the store's patience, and by nobody else: botocore and s3fs, whose
-  retries would multiply, get one try. Folders go part by part, so that an outage in the middle of a
-  large file costs a part. A repeated request is harmless: what a lost reply leaves is recognised.
+- Every request is repeated by the store's patience: botocore and s3fs, whose retries would
+  multiply, get one try (aiohttp makes two of it, should an open connection turn out to be dead).
+  Folders go part by part, so that an outage in the middle of a large file costs a part. A repeated
+  request is harmless: what a lost reply leaves is recognised.
 """
 
 from __future__ import annotations

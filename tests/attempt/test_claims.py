@@ -60,4 +60,4 @@ def test_the_budget_of_the_configuration_holds_from_the_first_answer_on(bucket, 
     started = time.monotonic()
     with pytest.raises(StoreUnavailableError, match="is it up, and is AWS_ENDPOINT_URL right"):
         open_probed_store(config)
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < 8

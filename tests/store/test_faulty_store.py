@@ -203,19 +203,20 @@ def test_a_store_that_stays_away_is_an_error_within_the_budget(store, proxy, ope
     started = time.monotonic()
     with pytest.raises(StoreUnavailableError) as failure:
         OPERATIONS[operation](store, tmp_path)
-    assert 1.4 < time.monotonic() - started < 4
+    assert 1.4 < time.monotonic() - started < 8
     message = str(failure.value)
     assert f"{store.url}/some/key" in message
     assert os.environ["AWS_ENDPOINT_URL"] in message
-    assert "Given up after 2 s" in message
+    assert "Given up after " in message
     assert "store.retry_budget_s" in message
     assert "Start again" in message
     assert "\n" not in message
     # Nobody waits for the same outage a second time.
-    started = time.monotonic()
+    proxy.seen.clear()
     with pytest.raises(StoreUnavailableError):
         OPERATIONS[operation](store, tmp_path)
-    assert time.monotonic() - started < 1
+    # One try; aiohttp repeats what it sent over a connection that was open before, once.
+    assert len(proxy.seen) <= 2
 
 
 def test_an_outage_is_outlasted_by_many_at_once(store, proxy, caplog):
@@ -241,7 +242,7 @@ def test_a_server_that_refuses_connections_is_waited_for_as_well(bucket, monkeyp
     started = time.monotonic()
     with pytest.raises(StoreUnavailableError, match=r"no answer from http://127.0.0.1:9 .* tries"):
         store.list()
-    assert 0.9 < time.monotonic() - started < 4
+    assert 0.9 < time.monotonic() - started < 8
 
 
 # ---- what is no fault of the network ----------------------------------------------------------
@@ -249,16 +250,15 @@ def test_a_server_that_refuses_connections_is_waited_for_as_well(bucket, monkeyp
 
 def test_a_wrong_secret_is_told_at_once_and_by_its_code(store, proxy):
     proxy.spoil("403")
-    started = time.monotonic()
+    proxy.seen.clear()
     with pytest.raises(StoreError, match=r": SignatureDoesNotMatch: set AWS_ACCESS_KEY_ID"):
         store.list("runs")
     with pytest.raises(StoreError, match="SignatureDoesNotMatch"):
         store.put_if_absent("k", b"")
-    assert time.monotonic() - started < 2
+    assert len(proxy.seen) == 2, "each was tried once"
 
 
 def test_a_missing_bucket_is_told_at_once(proxy):
-    started = time.monotonic()
     with pytest.raises(StoreError, match="there is no bucket 'absent'"):
         open_store("s3://absent/x", retry_budget_s=60)
-    assert time.monotonic() - started < 2
+    assert len(proxy.seen) == 1
