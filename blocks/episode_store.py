@@ -24,6 +24,7 @@ class EpisodeStore(Block):
         secret_access_key: The secret that belongs to it.
         session_token: Of temporary credentials.
         region: Of the bucket.
+        retry_budget_s: How long an outage is waited for.
 
     Example:
         Keep the episodes of a run in a bucket:
@@ -73,6 +74,13 @@ class EpisodeStore(Block):
         " ever work on one run.",
     )
 
+    retry_budget_s: float = Field(
+        default=120.0,
+        ge=0,
+        title="Retry budget (s)",
+        description="How long an outage of the store is waited for before the run fails.",
+    )
+
     @model_validator(mode="after")
     def _whole_credentials(self) -> EpisodeStore:
         if (self.access_key_id is None) != (self.secret_access_key is None):
@@ -84,7 +92,9 @@ class EpisodeStore(Block):
 
     def to_config(self) -> StoreConfig:
         """The `store` part of a run's configuration. Holds no secret."""
-        return StoreConfig(url=self.url, single_writer=self.single_writer)
+        return StoreConfig(
+            url=self.url, single_writer=self.single_writer, retry_budget_s=self.retry_budget_s
+        )
 
     def export_credentials(self) -> None:
         """Puts endpoint and credentials into the environment of this process, and of its children.

@@ -62,6 +62,12 @@ class StoreConfig(Settings):
         description="Accept a store that fails the put-if-absent probe. Safe only if no two"
         " processes ever work on one run.",
     )
+    retry_budget_s: float = Field(
+        default=120.0,
+        ge=0,
+        description="How long an outage of the store, a full disk too, is waited for before the"
+        " run fails.",
+    )
 
 
 class ClusterConfig(Settings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from typing import Any
@@ -17,8 +18,13 @@ from rlhf_flows.store import (
     open_store,
     probe_put_if_absent,
 )
+from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["check_store", "claim_run", "new_run_name", "open_probed_store"]
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+"""A URL names another store where one of these differs."""
+_probed: set[tuple[str | None, ...]] = set()
 
 
 def new_run_name(recipe: str) -> str:
@@ -35,15 +41,23 @@ def check_store(checked: Checked) -> None:
 
 
 def open_probed_store(config: EngineConfig) -> ObjectStore:
-    """The store, which holds its promise. Raises ConfigError, StoreProbeError."""
+    """The store, which holds its promise. Raises ConfigError, StoreProbeError.
+
+    A process probes each store once.
+    """
+    budget_s = config.store.retry_budget_s
     try:
-        store = open_store(config.store.url)
+        # No long wait for the first answer: a wrong address is a more likely reason than an outage.
+        store = open_store(config.store.url, retry_budget_s=min(budget_s, BRIEF_S))
     except StoreUnavailableError:
         raise
     except StoreError as e:
         raise ConfigError(f"store.url cannot be used: {e}") from e
-    if not config.store.single_writer:
+    store.patience.budget_s = budget_s
+    which = (store.url, *(os.environ.get(name) for name in _ENDPOINTS))
+    if not config.store.single_writer and which not in _probed:
         probe_put_if_absent(store)
+        _probed.add(which)
     return store
 
 

@@ -119,6 +119,7 @@ def make_pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name
         memory_bytes=model.memory_bytes,
         num_threads=threads,
         lease_s=config.cluster.lease_s,
+        store_retry_budget_s=config.store.retry_budget_s,
         log_level=config.log_level,
     )
     return Pool(

@@ -7,6 +7,7 @@ are released.
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -17,11 +18,11 @@ from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import claim_run, new_run_name
 from rlhf_flows.attempt.description import Checked, Description
 from rlhf_flows.attempt.placement import connect_cluster, open_pools
-from rlhf_flows.errors import FencedError
+from rlhf_flows.errors import FencedError, StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
-from rlhf_flows.store import check_run_name, end_attempt, scan, take_attempt
+from rlhf_flows.store import check_run_name, end_attempt, scan, sweep_run, take_attempt
 from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import Runtime
 
@@ -73,6 +74,8 @@ async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
         changed=record.changed,
         takeover=checked.description.takeover,
     )
+    # Nobody waits for it, and nothing comes of it but space.
+    threading.Thread(target=sweep_run, args=(store, run), name="sweep", daemon=True).start()
     if checked.description.progress is not None:
         checked.description.progress.begin(run, config.runtime.num_episode)
 
@@ -116,6 +119,9 @@ async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
         return replace(result, flow_run_id=flow_run_id)
     except FencedError:
         outcome = "fenced"
+        raise
+    except StoreUnavailableError:
+        store.patience.exhaust()  # it was waited for; the end is recorded if it is back
         raise
     except asyncio.CancelledError:
         outcome = "cancelled"

@@ -50,6 +50,7 @@ class PoolSpec:
     memory_bytes: int = 0
     num_threads: int = 1
     lease_s: float = 900.0
+    store_retry_budget_s: float = 120.0
     log_level: str = "WARNING"
     digest: str = ""
 

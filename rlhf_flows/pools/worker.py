@@ -91,7 +91,7 @@ class Worker:
         self._spec = spec
         self._replica, self._rank = replica, rank
         self._layout = RunLayout(spec.run)
-        self._store = open_store(spec.store_url)
+        self._store = open_store(spec.store_url, retry_budget_s=spec.store_retry_budget_s)
         self._shards = ShardStore(self._store)
         self._attempt = 0
         self._version = 0

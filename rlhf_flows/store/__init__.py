@@ -12,9 +12,11 @@ from rlhf_flows.store.commit import Commit, commit_bytes, commit_json, read_json
 from rlhf_flows.store.layout import KeyParts, RunLayout, ShardPhase, check_run_name, parse_key
 from rlhf_flows.store.objects import FileRecord, ObjectInfo, ObjectStore
 from rlhf_flows.store.open import open_store
+from rlhf_flows.store.patience import Patience
 from rlhf_flows.store.probe import probe_put_if_absent
 from rlhf_flows.store.runs import RunRecord, config_digest, open_run
 from rlhf_flows.store.scan import EpisodeState, EvaluationState, RunState, scan, scan_keys
+from rlhf_flows.store.sweeping import sweep_folders, sweep_run
 
 __all__ = [
     "Attempt",
@@ -26,6 +28,7 @@ __all__ = [
     "KeyParts",
     "ObjectInfo",
     "ObjectStore",
+    "Patience",
     "RunLayout",
     "RunRecord",
     "RunState",
@@ -46,6 +49,8 @@ __all__ = [
     "read_json",
     "scan",
     "scan_keys",
+    "sweep_folders",
+    "sweep_run",
     "take_attempt",
     "upload_folder",
 ]

@@ -8,6 +8,7 @@ refused.
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 import socket
@@ -18,12 +19,14 @@ from typing import Any
 
 import psutil
 
-from rlhf_flows.errors import FencedError, RunBusyError
+from rlhf_flows.errors import FencedError, RunBusyError, StoreUnavailableError
 from rlhf_flows.store.commit import commit_json, read_json
 from rlhf_flows.store.layout import RunLayout, parse_key
 from rlhf_flows.store.objects import ObjectStore
 
 __all__ = ["Attempt", "check_fence", "end_attempt", "newest_attempt", "take_attempt"]
+
+logger = logging.getLogger(__name__)
 
 _PACKAGES = ("rlhf-flows", "torch", "ray", "prefect", "vllm")
 _START_TOLERANCE_S = 2.0
@@ -84,9 +87,13 @@ def take_attempt(
 
 
 def end_attempt(store: ObjectStore, run: str, number: int, outcome: str) -> None:
-    """Record how the attempt ended. The first record stands."""
+    """Record how the attempt ended, if the store is there. The first record stands."""
     record = {"number": number, "outcome": outcome, "ended_at": _now()}
-    commit_json(store, RunLayout(run).attempt_ended(number), record)
+    try:
+        commit_json(store, RunLayout(run).attempt_ended(number), record)
+    except StoreUnavailableError as error:
+        # Nothing hangs on it, and the caller may be on its way out with this very error.
+        logger.warning("that attempt %d ended (%s) is not recorded: %s", number, outcome, error)
 
 
 def newest_attempt(store: ObjectStore, run: str) -> int:

@@ -1,26 +1,22 @@
 """Commits: put-if-absent made sure of, whatever the network says.
 
-The decision here: "this call created it" is never believed from an answer alone. A reply can be
-lost after the PUT took effect, and the client's own retry then hears that something is there. So
-after any ambiguous answer the object is read back and compared; the same bytes are tried again
-when nothing is there. A nonce makes the bytes of one commit different from those of any other.
+The decision here: "somebody else created it" is never believed from an answer alone. A reply can be
+lost after the PUT took effect, and the store's retry of the same bytes then hears that something is
+there. So what is there is read back and compared. A nonce makes the bytes of one commit different
+from those of any other.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
-from rlhf_flows.errors import ObjectNotFoundError, StoreDamageError, StoreUnavailableError
+from rlhf_flows.errors import StoreDamageError
 from rlhf_flows.store.objects import ObjectStore
 
 __all__ = ["Commit", "commit_bytes", "commit_json", "read_json"]
-
-_PAUSES_S = (0.1, 0.4, 1.6, 6.4)
-"""Between tries. A store that is away for longer is the business of whoever retries the task."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,21 +54,10 @@ def read_json(store: ObjectStore, key: str) -> dict[str, Any]:
 
 def _settle(store: ObjectStore, key: str, data: bytes) -> bytes:
     """Put `data` at `key` unless something is there; the bytes that stand there afterwards."""
-    for pause_s in (*_PAUSES_S, None):
-        try:
-            if store.put_if_absent(key, data):
-                return data
-            return store.get(key)
-        except (StoreUnavailableError, ConnectionError, TimeoutError):
-            if pause_s is None:
-                raise
-        # The same bytes again: should the first PUT arrive late, it is recognised as ours.
-        time.sleep(pause_s)
-        try:
-            return store.get(key)
-        except (ObjectNotFoundError, StoreUnavailableError, ConnectionError, TimeoutError):
-            continue
-    raise AssertionError("the last try returns or raises")
+    if store.put_if_absent(key, data):
+        return data
+    # Somebody's, or ours: the store repeats a PUT whose reply was lost, and then finds its object.
+    return store.get(key)
 
 
 def _parse(store: ObjectStore, key: str, data: bytes) -> dict[str, Any]:

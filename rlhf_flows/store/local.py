@@ -4,6 +4,7 @@ The decision here: a temporary file beside its final name, fsync, `os.link`, fsy
 `link` is the one call that creates a name exclusively *and* with whole content: opening with "x"
 is exclusive but shows half a file, `rename` is whole but overwrites. A writer killed at any
 instant leaves at most temporary files and folders, which no listing shows and `sweep` removes.
+A disk that is full, or does not answer, is waited for, file by file.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from functools import partial
 from io import BufferedWriter
 from pathlib import Path
+from typing import TypeVar
 from uuid import uuid4
 
 from rlhf_flows.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
@@ -28,12 +31,14 @@ from rlhf_flows.store.objects import (
     folder_prefix,
     list_files,
 )
+from rlhf_flows.store.patience import BRIEF_S, Patience
+from rlhf_flows.store.working import DISK_FULL, filled, remove_old
 
 __all__ = ["LocalStore"]
 
+T = TypeVar("T")
 _TEMPORARY = ".tmp-"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
-_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _GONE = (FileNotFoundError, NotADirectoryError)
 _MAY_PASS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE, errno.ENFILE}
 
@@ -41,11 +46,12 @@ _MAY_PASS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE
 class LocalStore:
     """Objects as files below `root`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, retry_budget_s: float = BRIEF_S) -> None:
         self.root = root
+        self._patience = Patience(retry_budget_s)
 
-    def __reduce__(self) -> tuple[type[LocalStore], tuple[Path]]:
-        return LocalStore, (self.root,)
+    def __reduce__(self) -> tuple[Callable[..., LocalStore], tuple[Path]]:
+        return partial(LocalStore, retry_budget_s=self._patience.budget_s), (self.root,)
 
     def __repr__(self) -> str:
         return f"LocalStore({self.url!r})"
@@ -53,6 +59,10 @@ class LocalStore:
     @property
     def url(self) -> str:
         return f"file://{self.root}"
+
+    @property
+    def patience(self) -> Patience:
+        return self._patience
 
     def check_usable(self) -> None:
         """Make the folder if need be; `StoreError` unless files can be made in it."""
@@ -70,6 +80,9 @@ class LocalStore:
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         final = self.root / check_key(key)
+        return self._patience.keep_trying(lambda: self._put_once(final, data))
+
+    def _put_once(self, final: Path, data: bytes) -> bool:
         with _explained("write", final):
             temporary = _write_temporary(final.parent, data)
             try:
@@ -92,28 +105,24 @@ class LocalStore:
 
     def get(self, key: str) -> bytes:
         path = self.root / check_key(key)
-        with _explained("read", path):
-            return path.read_bytes()
+        return self._try("read", path, path.read_bytes)
 
     def list(self, prefix: str = "") -> Listing:
-        with _explained("list", self.root / prefix):
-            infos = [
-                ObjectInfo(key=key, size=status.st_size)
-                for key, status in self._walk(folder_prefix(prefix))
-                if not _is_temporary(key)
-            ]
+        below = folder_prefix(prefix)
+        infos = [
+            ObjectInfo(key=key, size=status.st_size, modified_s=status.st_mtime)
+            for key, status in self._try("list", self.root / below, lambda: list(self._walk(below)))
+            if not _is_temporary(key)
+        ]
         return sorted(infos, key=lambda info: info.key)
 
     @contextmanager
     def working_folder(self) -> Iterator[Path]:
         """On the store's own file system, so that files need not be copied into the store."""
         folder = self.root / f"{_TEMPORARY}{uuid4().hex}"
-        with _explained("write", folder):
-            folder.mkdir(parents=True)
-        try:
+        self._try("write", folder, lambda: folder.mkdir(parents=True, exist_ok=True))
+        with filled(folder, self._patience):
             yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
         base = self.root / check_key(prefix)
@@ -121,60 +130,64 @@ class LocalStore:
             local.relative_to(self.root).as_posix()
         )
         take = _link if is_ours else _copy
-        with _explained("write", base):
-            if base.exists():
-                raise StoreError(f"cannot upload to {base}: something is there already")
-            files = list_files(local)
-            folders = {(base / name).parent for name, _ in files}
-            for folder in sorted(folders):
-                _make_folder(folder)
-            # The disk takes its time: the digests are made meanwhile, from memory.
-            with ThreadPoolExecutor(1) as beside:
-                taken = [beside.submit(take, path, base / name) for name, path in files]
-                records = tuple(FileRecord.of(path, name=name) for name, path in files)
-                for file in taken:
-                    file.result()
-            for folder in folders:
-                _sync_folder(folder)
+        if base.exists():
+            raise StoreError(f"cannot upload to {base}: something is there already")
+        files = list_files(local)
+        folders = {(base / name).parent for name, _ in files}
+
+        def take_one(source: Path, target: Path) -> None:
+            self._try("write", target, lambda: take(source, target))
+
+        # The disk takes its time: the digests are made meanwhile, from memory.
+        with ThreadPoolExecutor(1) as beside:
+            taken = [beside.submit(take_one, path, base / name) for name, path in files]
+            records = tuple(FileRecord.of(path, name=name) for name, path in files)
+            for file in taken:
+                file.result()
+        for folder in sorted(folders):
+            self._try("write", folder, partial(_sync_folder, folder))
         return records
 
     def get_folder(self, prefix: str, files: Sequence[FileRecord], local: Path) -> None:
         for record in files:
             source = self.root / check_key(f"{prefix}/{record.name}")
             target = local / check_key(record.name)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            temporary = target.with_name(f"{_TEMPORARY}{uuid4().hex}")
-            try:
-                with _explained("read", source):
-                    shutil.copyfile(source, temporary)
-                record.verify(temporary, source=str(source))
-                temporary.replace(target)
-            finally:
-                temporary.unlink(missing_ok=True)
+            self._try("read", source, partial(_fetch, record, source, target))
 
     def delete(self, keys: Iterable[str]) -> None:
         folders = set()
         for key in keys:
             path = self.root / check_key(key)
-            with _explained("delete", path):
-                path.unlink(missing_ok=True)
+            self._remove(path)
             folders.add(path.parent)
         for folder in folders:
             self._remove_if_empty(folder)
 
     def sweep(self, prefix: str = "", *, older_than_s: float = 3600.0) -> int:
         before = time.time() - older_than_s
+        below = folder_prefix(prefix)
+        found = self._try("list", self.root / below, lambda: list(self._walk(below)))
         leftovers = [
             self.root / key
-            for key, status in self._walk(folder_prefix(prefix))
-            if _is_temporary(key) and status.st_mtime <= before
+            for key, status in found
+            # Those at the root, working folders among them, go as a whole.
+            if f"/{_TEMPORARY}" in key and status.st_mtime <= before
         ]
         for path in leftovers:
-            with _explained("delete", path):
-                path.unlink(missing_ok=True)
+            self._remove(path)
             if path.parent.name.startswith(_TEMPORARY):
                 self._remove_if_empty(path.parent)
-        return len(leftovers)
+        return len(leftovers) + remove_old(self.root, _TEMPORARY, before_s=before)
+
+    def _try(self, action: str, path: Path, call: Callable[[], T]) -> T:
+        def once() -> T:
+            with _explained(action, path):
+                return call()
+
+        return self._patience.keep_trying(once)
+
+    def _remove(self, path: Path) -> None:
+        self._try("delete", path, lambda: path.unlink(missing_ok=True))
 
     def _walk(self, prefix: str) -> Iterator[tuple[str, os.stat_result]]:
         """Every file below, temporary ones too, as (key, status); one stat per file."""
@@ -206,8 +219,8 @@ def _explained(action: str, path: Path) -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError) as error:
         raise ObjectNotFoundError(f"cannot {action} {path}: there is no such object") from error
     except OSError as error:
-        if error.errno in _DISK_FULL:
-            reason = f"cannot {action} {path}: the disk is full: free some space, then resume"
+        if error.errno in DISK_FULL:
+            reason = f"cannot {action} {path}: the disk is full: free some space"
             raise StoreUnavailableError(reason) from error
         kind = StoreUnavailableError if error.errno in _MAY_PASS else StoreError
         raise kind(f"cannot {action} {path}: {error.strerror}") from error
@@ -232,18 +245,35 @@ def _write_temporary(folder: Path, data: bytes) -> Path:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Synced; its name is not."""
-    with _open_new(target) as copy, source.open("rb") as original:
-        shutil.copyfileobj(original, copy, length=1 << 20)
-        copy.flush()
-        os.fsync(copy.fileno())
+    """Synced; its name is not. Whole, or not there."""
+    try:
+        with _open_new(target) as copy, source.open("rb") as original:
+            shutil.copyfileobj(original, copy, length=1 << 20)
+            copy.flush()
+            os.fsync(copy.fileno())
+    except OSError:
+        target.unlink(missing_ok=True)
+        raise
 
 
 def _link(source: Path, target: Path) -> None:
     """Synced; its name is not. Whoever wrote the file must be through with it."""
     with source.open("rb") as file:
         os.fsync(file.fileno())
+    _make_folder(target.parent)
     os.link(source, target)
+
+
+def _fetch(record: FileRecord, source: Path, target: Path) -> None:
+    """Copy a file of the store; under its name only when it is what was committed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{_TEMPORARY}{uuid4().hex}")
+    try:
+        shutil.copyfile(source, temporary)
+        record.verify(temporary, source=str(source))
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _open_new(path: Path) -> BufferedWriter:

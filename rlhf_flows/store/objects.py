@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlhf_flows.errors import StoreDamageError, StoreError
+from rlhf_flows.store.patience import Patience
 
 __all__ = [
     "FileRecord",
@@ -34,6 +35,8 @@ class ObjectInfo:
     key: str
     size: int
     """Bytes."""
+    modified_s: float
+    """Unix time, by the clock of the store."""
 
 
 # Has a name because a class with a method `list` cannot write `list[ObjectInfo]` below it.
@@ -79,9 +82,13 @@ class FileRecord:
 class ObjectStore(Protocol):
     """Named bytes. Safe to use from many threads; pickles as its URL alone, never with secrets.
 
-    Errors: `StoreUnavailableError` for what may pass (try again), any other `StoreError` for what
-    will not.
+    Errors: `StoreUnavailableError` for what may pass, after each request was repeated as long as
+    the store's `patience` allows; any other `StoreError`, at once, for what will not.
     """
+
+    @property
+    def patience(self) -> Patience:
+        """For how long this store is waited for."""
 
     @property
     def url(self) -> str:
@@ -90,8 +97,9 @@ class ObjectStore(Protocol):
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Create the object whole, or not at all. True: this call did. False: one is there.
 
-        After an exception, and after False, the object may still be this caller's own (a reply
-        that was lost): `commit_json` and `commit_bytes` settle that by reading it back.
+        After an exception, and after False, the object may still be this caller's own (a reply was
+        lost, and the PUT repeated): `commit_json` and `commit_bytes` settle that by reading it
+        back.
         """
 
     def get(self, key: str) -> bytes:
@@ -117,7 +125,10 @@ class ObjectStore(Protocol):
         """Remove objects; those that are not there are no error."""
 
     def sweep(self, prefix: str = "", *, older_than_s: float = 3600.0) -> int:
-        """Remove what killed writers left unfinished below `prefix`; the number of leftovers."""
+        """Remove what killed writers left unfinished below `prefix`; the number of leftovers.
+
+        Also their working folders, whatever the prefix.
+        """
 
 
 def check_key(key: str) -> str:

@@ -7,19 +7,22 @@ from pathlib import Path
 from rlhf_flows.errors import StoreError
 from rlhf_flows.store.local import LocalStore
 from rlhf_flows.store.objects import ObjectStore
+from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["open_store"]
 
 
-def open_store(url: str | Path) -> ObjectStore:
+def open_store(url: str | Path, *, retry_budget_s: float = BRIEF_S) -> ObjectStore:
     """Open the store at a path, `file:///path` or `s3://bucket/prefix`, and check it is usable.
 
-    A local folder is made if need be. Raises `StoreError` that says what is wrong with it.
+    A local folder is made if need be. A store that does not answer is waited for, now and later,
+    for `retry_budget_s` at most. Raises `StoreError` that says what is wrong with it.
     """
     text = str(url)
     scheme, separator, rest = text.partition("://")
     if not separator or scheme == "file":
-        local = LocalStore(Path(rest if separator else text).expanduser().absolute())
+        folder = Path(rest if separator else text).expanduser().absolute()
+        local = LocalStore(folder, retry_budget_s=retry_budget_s)
         local.check_usable()
         return local
     if scheme == "s3":
@@ -30,7 +33,7 @@ def open_store(url: str | Path) -> ObjectStore:
                 f"the store {text} needs {error.name}, which is not installed: "
                 "pip install 'rlhf-flows[s3]'"
             ) from error
-        remote = S3Store(text)
+        remote = S3Store(text, retry_budget_s=retry_budget_s)
         remote.check_usable()
         return remote
     raise StoreError(

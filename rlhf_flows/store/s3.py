@@ -8,9 +8,10 @@ The decisions here:
   that uses the store: the store pickles as its URL alone.
 - Nothing cached that could be stale: neither s3fs's listings nor its instances (which go on with
   old credentials). Each process builds its client on first use: a client does not survive a fork.
-- Retries here are for hiccups, about three seconds' worth: whoever retries the task outlasts an
-  outage. Most belong to botocore. The layer of s3fs multiplies them, so it keeps but one, for a
-  body that breaks off.
+- Every request is repeated by the store's patience: botocore and s3fs, whose retries would
+  multiply, get one try (aiohttp makes two of it, should an open connection turn out to be dead).
+  Folders go part by part, so that an outage in the middle of a large file costs a part. A repeated
+  request is harmless: what a lost reply leaves is recognised.
 """
 
 from __future__ import annotations
@@ -19,18 +20,19 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
-import aiohttp
+import psutil
 import s3fs
-from botocore.exceptions import BotoCoreError, NoCredentialsError, PartialCredentialsError
 
-from rlhf_flows.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
+from rlhf_flows.errors import StoreError, StoreUnavailableError
 from rlhf_flows.store.objects import (
     FileRecord,
     Listing,
@@ -39,21 +41,25 @@ from rlhf_flows.store.objects import (
     folder_prefix,
     list_files,
 )
+from rlhf_flows.store.patience import BRIEF_S, Patience
+from rlhf_flows.store.s3_client import TRY_AGAIN_CODES, code, connect, explained, status
+from rlhf_flows.store.working import filled, remove_old
 
 __all__ = ["S3Store"]
 
+T = TypeVar("T")
 _PART_BYTES = 16 << 20
 _PARTS_AT_ONCE = 8
 _FILES_AT_ONCE = 4
 _KEYS_PER_CALL = 1000  # the protocol's limit, of listings and of deletions
-# 409: another conditional write of the same key is in flight. Not 501: it will never work.
-_TRY_AGAIN = {408, 409, 429, 500, 502, 503, 504}
+_MOST_PARTS = 10_000  # the protocol's limit, of one upload
+_WORKING = "rlhf-flows-work-"
 
 
 class S3Store:
     """Objects below `s3://bucket/prefix`."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, *, retry_budget_s: float = BRIEF_S) -> None:
         bucket, _, prefix = url.removeprefix("s3://").strip("/").partition("/")
         if not bucket or "@" in bucket:
             raise StoreError(
@@ -62,12 +68,13 @@ class S3Store:
             )
         self.bucket = bucket
         self.prefix = folder_prefix(prefix)
+        self._patience = Patience(retry_budget_s)
         self._lock = threading.Lock()
         self._client: s3fs.S3FileSystem | None = None
         self._client_pid = 0
 
-    def __reduce__(self) -> tuple[type[S3Store], tuple[str]]:
-        return S3Store, (self.url,)
+    def __reduce__(self) -> tuple[Callable[..., S3Store], tuple[str]]:
+        return partial(S3Store, retry_budget_s=self._patience.budget_s), (self.url,)
 
     def __repr__(self) -> str:
         return f"S3Store({self.url!r})"
@@ -76,100 +83,206 @@ class S3Store:
     def url(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}".rstrip("/")
 
+    @property
+    def patience(self) -> Patience:
+        return self._patience
+
     def check_usable(self) -> None:
         """One listing; `StoreError` says what is missing: server, credentials or bucket."""
-        with self._explained("list", ""):
-            self._call("list_objects_v2", Prefix=self.prefix, MaxKeys=1)
+        self._ask("list", "", "list_objects_v2", Prefix=self.prefix, MaxKeys=1)
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        with self._explained("write", key):
+        def once() -> bool:
             try:
                 self._call("put_object", Key=self._name(key), Body=data, IfNoneMatch="*")
             except OSError as error:
-                if _status(error) == 412:
+                if status(error) == 412:
                     return False
                 raise
-        return True
+            return True
+
+        return self._try("write", key, once)
 
     def get(self, key: str) -> bytes:
-        with self._explained("read", key):
-            data: bytes = self._fs().cat_file(self._path(key), max_concurrency=1)
-        return data
+        return self._get(key)
 
     def list(self, prefix: str = "") -> Listing:
         below = f"{self.prefix}{folder_prefix(prefix)}"
         infos: Listing = []
         page: dict[str, Any] = {"IsTruncated": True}
-        with self._explained("list", prefix):
-            while page["IsTruncated"]:
-                token = page.get("NextContinuationToken")
-                rest = {"ContinuationToken": token} if token else {}
-                page = self._call("list_objects_v2", Prefix=below, MaxKeys=_KEYS_PER_CALL, **rest)
-                infos += [
-                    ObjectInfo(key=entry["Key"][len(self.prefix) :], size=entry["Size"])
-                    for entry in page.get("Contents", ())
-                    if not entry["Key"].endswith("/")  # what browsers of buckets call a folder
-                ]
+        while page["IsTruncated"]:
+            token = page.get("NextContinuationToken")
+            rest = {"ContinuationToken": token} if token else {}
+            page = self._ask(
+                "list", prefix, "list_objects_v2", Prefix=below, MaxKeys=_KEYS_PER_CALL, **rest
+            )
+            infos += [
+                ObjectInfo(
+                    key=entry["Key"][len(self.prefix) :],
+                    size=entry["Size"],
+                    modified_s=entry["LastModified"].timestamp(),
+                )
+                for entry in page.get("Contents", ())
+                if not entry["Key"].endswith("/")  # what browsers of buckets call a folder
+            ]
         return sorted(infos, key=lambda info: info.key)
 
     @contextmanager
     def working_folder(self) -> Iterator[Path]:
-        with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as folder:
-            yield Path(folder)
+        folder = Path(tempfile.mkdtemp(prefix=f"{_WORKING}{os.getpid()}-"))
+        with filled(folder, self._patience):
+            yield folder
 
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
         files = list_files(local)
-        records = tuple(FileRecord.of(path, name=name) for name, path in files)
-        with self._explained("write", prefix):
-            self._fs().put(
-                [str(path) for _, path in files],
-                [self._path(f"{prefix}/{name}") for name, _ in files],
-                chunksize=_PART_BYTES,
-                max_concurrency=_PARTS_AT_ONCE,
-                batch_size=_FILES_AT_ONCE,
-            )
+        with _threads(_FILES_AT_ONCE) as pool:
+            sent = [pool.submit(self._put_file, path, f"{prefix}/{name}") for name, path in files]
+            records = tuple(FileRecord.of(path, name=name) for name, path in files)
+            for file in sent:
+                file.result()
         return records
 
     def get_folder(self, prefix: str, files: Sequence[FileRecord], local: Path) -> None:
         unverified = local / f".tmp-{uuid4().hex}"
+
+        def fetch(record: FileRecord) -> None:
+            source, path = f"{prefix}/{record.name}", unverified / check_key(record.name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._get_file(source, path, size=record.size)
+            record.verify(path, source=f"{self.url}/{source}")
+            target = local / record.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(target)
+
         try:
-            with self._explained("read", prefix):
-                self._fs().get(
-                    [self._path(f"{prefix}/{record.name}") for record in files],
-                    [str(unverified / check_key(record.name)) for record in files],
-                    batch_size=_FILES_AT_ONCE,
-                )
-            for record in files:
-                record.verify(unverified / record.name, source=f"{self.url}/{prefix}/{record.name}")
-                target = local / record.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                (unverified / record.name).replace(target)
+            with _threads(_FILES_AT_ONCE) as pool:
+                for fetched in [pool.submit(fetch, record) for record in files]:
+                    fetched.result()
         finally:
             shutil.rmtree(unverified, ignore_errors=True)
 
     def delete(self, keys: Iterable[str]) -> None:
+        doomed = [*keys]
+        for start in range(0, len(doomed), _KEYS_PER_CALL):
+            some = doomed[start : start + _KEYS_PER_CALL]
+            self._try("delete", some[0], partial(self._delete, some))
+
+    def _delete(self, keys: Sequence[str]) -> None:
         names = [{"Key": self._name(key)} for key in keys]
-        for start in range(0, len(names), _KEYS_PER_CALL):
-            some = names[start : start + _KEYS_PER_CALL]
-            with self._explained("delete", some[0]["Key"]):
-                reply = self._call("delete_objects", Delete={"Objects": some, "Quiet": True})
-            if failed := reply.get("Errors"):
-                raise StoreError(
-                    f"cannot delete {len(failed)} objects of {self.url}, the first "
-                    f"{failed[0].get('Key')} ({failed[0].get('Code')}): check that the "
-                    "credentials may delete"
-                )
+        reply = self._call("delete_objects", Delete={"Objects": names, "Quiet": True})
+        if failed := reply.get("Errors"):
+            codes = {error.get("Code") for error in failed}
+            kind = StoreUnavailableError if codes <= TRY_AGAIN_CODES else StoreError
+            raise kind(
+                f"cannot delete {len(failed)} objects of {self.url}, the first "
+                f"{failed[0].get('Key')} ({failed[0].get('Code')}): check that the "
+                "credentials may delete"
+            )
 
     def sweep(self, prefix: str = "", *, older_than_s: float = 3600.0) -> int:
         """Abort multipart uploads that nobody completed (at most 1,000 a call)."""
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
         below = f"{self.prefix}{folder_prefix(prefix)}"
-        with self._explained("list uploads of", prefix):
-            uploads = self._call("list_multipart_uploads", Prefix=below).get("Uploads", ())
-            leftovers = [upload for upload in uploads if upload["Initiated"] <= before]
-            for upload in leftovers:
-                self._call("abort_multipart_upload", Key=upload["Key"], UploadId=upload["UploadId"])
-        return len(leftovers)
+        found = self._ask("list uploads of", prefix, "list_multipart_uploads", Prefix=below)
+        leftovers = [upload for upload in found.get("Uploads", ()) if upload["Initiated"] <= before]
+        for upload in leftovers:
+            self._abort({"Key": upload["Key"], "UploadId": upload["UploadId"]})
+        return len(leftovers) + remove_old(
+            Path(tempfile.gettempdir()),
+            _WORKING,
+            before_s=before.timestamp(),
+            unless=_is_of_a_living_process,
+        )
+
+    # ---- files, part by part --------------------------------------------------------------
+
+    def _put_file(self, path: Path, key: str) -> None:
+        """A plain write, for keys that nobody else uses. Nothing is there before it is whole."""
+        size = path.stat().st_size
+        if size <= _PART_BYTES:
+            self._ask("write", key, "put_object", Key=self._name(key), Body=path.read_bytes())
+            return
+        part_bytes = max(_PART_BYTES, -(-size // _MOST_PARTS))
+        name = self._name(key)
+        begun = self._ask("write", key, "create_multipart_upload", Key=name)
+        upload = {"Key": name, "UploadId": begun["UploadId"]}
+
+        def send(number: int) -> dict[str, Any]:
+            body = _read_part(path, (number - 1) * part_bytes, part_bytes)
+            part = {**upload, "PartNumber": number, "Body": body}
+            return {
+                "PartNumber": number,
+                "ETag": self._ask("write", key, "upload_part", **part)["ETag"],
+            }
+
+        def complete() -> None:
+            try:
+                self._call("complete_multipart_upload", MultipartUpload={"Parts": parts}, **upload)
+            except OSError as error:
+                # The reply to an earlier try was lost: the upload is gone, the object there.
+                if code(error) != "NoSuchUpload" or self._size(name) != size:
+                    raise
+
+        try:
+            with _threads(_PARTS_AT_ONCE) as pool:
+                sent = [pool.submit(send, n + 1) for n in range(-(-size // part_bytes))]
+                parts = [part.result() for part in sent]
+            self._try("write", key, complete)
+        except BaseException:
+            with suppress(StoreError):  # `sweep` aborts it later
+                self._abort(upload)
+            raise
+
+    def _abort(self, upload: dict[str, str]) -> None:
+        def once() -> None:
+            with suppress(FileNotFoundError):  # completed or aborted meanwhile
+                self._call("abort_multipart_upload", **upload)
+
+        self._try("abort the upload of", upload["Key"].removeprefix(self.prefix), once)
+
+    def _size(self, name: str) -> int:
+        size: int = self._call("head_object", Key=name)["ContentLength"]
+        return size
+
+    def _get_file(self, key: str, path: Path, *, size: int) -> None:
+        """The file as it is in the store, if of that size; any other comes out as another size."""
+        with path.open("wb") as file, _threads(_PARTS_AT_ONCE) as pool:
+            if size <= _PART_BYTES:
+                file.write(self._get(key))
+                return
+
+            def fetch(start: int) -> None:
+                data = self._get(key, start=start, end=min(start + _PART_BYTES, size))
+                os.pwrite(file.fileno(), data, start)
+
+            for fetched in [pool.submit(fetch, start) for start in range(0, size, _PART_BYTES)]:
+                fetched.result()
+
+    # ---- requests -------------------------------------------------------------------------
+
+    def _get(self, key: str, **part: int) -> bytes:
+        def once() -> bytes:
+            try:
+                data: bytes = self._fs().cat_file(self._path(key), max_concurrency=1, **part)
+            except OSError as error:
+                if status(error) == 416:  # it ends before the part begins
+                    return b""
+                raise
+            return data
+
+        return self._try("read", key, once)
+
+    def _ask(self, action: str, key: str, method: str, **arguments: Any) -> dict[str, Any]:
+        return self._try(action, key, lambda: self._call(method, **arguments))
+
+    def _try(self, action: str, key: str, call: Callable[[], T]) -> T:
+        """What `call` returns, repeated with the store's patience; errors are of ours."""
+
+        def once() -> T:
+            with explained(action, self.url, key):
+                return call()
+
+        return self._patience.keep_trying(once)
 
     def _name(self, key: str) -> str:
         return f"{self.prefix}{check_key(key)}"
@@ -184,72 +297,27 @@ class S3Store:
     def _fs(self) -> s3fs.S3FileSystem:
         with self._lock:
             if self._client is None or self._client_pid != os.getpid():
-                self._client, self._client_pid = _connect(), os.getpid()
+                self._client, self._client_pid = connect(), os.getpid()
             return self._client
 
-    @contextmanager
-    def _explained(self, action: str, key: str) -> Iterator[None]:
-        """Translate what s3fs, botocore and aiohttp raise into an error of ours."""
-        what = f"cannot {action} {self.url}/{key}".rstrip("/")
+
+@contextmanager
+def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
+    """On an error, what has not begun does not begin."""
+    with ThreadPoolExecutor(count, thread_name_prefix="s3") as pool:
         try:
-            yield
-        except (NoCredentialsError, PartialCredentialsError, PermissionError) as error:
-            raise StoreError(
-                f"{what}: {error}: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and "
-                "AWS_ENDPOINT_URL, unless it is AWS) for an account that may use this bucket"
-            ) from error
-        except FileNotFoundError as error:
-            if action == "read" and _code(error) != "NoSuchBucket":
-                raise ObjectNotFoundError(f"{what}: there is no such object") from error
-            raise StoreError(
-                f"{what}: there is no bucket {self.bucket!r} at {_endpoint()}: create it, or "
-                "correct the URL or AWS_ENDPOINT_URL"
-            ) from error
-        except (OSError, BotoCoreError, aiohttp.ClientError) as error:
-            status = _status(error)
-            if status is None:
-                raise StoreUnavailableError(
-                    f"{what}: no answer from {_endpoint()} ({error}): is it up, and is "
-                    "AWS_ENDPOINT_URL right?"
-                ) from error
-            reason = f"{what}: {_endpoint()} answered {status} {_code(error)} ({error})"
-            if status in _TRY_AGAIN:
-                raise StoreUnavailableError(f"{reason}: try again later") from error
-            raise StoreError(reason) from error
+            yield pool
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
-def _connect() -> s3fs.S3FileSystem:
-    config: dict[str, Any] = {
-        "connect_timeout": 5,
-        "read_timeout": 60,
-        "retries": {"mode": "standard", "total_max_attempts": 3},
-        # The newer default checksums are refused by servers other than AWS.
-        "request_checksum_calculation": "when_required",
-        "response_checksum_validation": "when_required",
-    }
-    if "AWS_ENDPOINT_URL" in os.environ or "AWS_ENDPOINT_URL_S3" in os.environ:
-        config["s3"] = {"addressing_style": "path"}
-    client = s3fs.S3FileSystem(
-        config_kwargs=config, skip_instance_cache=True, use_listings_cache=False
-    )
-    client.retries = 2
-    return client
+def _read_part(path: Path, start: int, num_bytes: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(num_bytes)
 
 
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "AWS"
-
-
-def _response(error: BaseException) -> dict[str, Any]:
-    """What the server answered; empty where the error did not come from an answer."""
-    response: dict[str, Any] = getattr(error.__cause__ or error, "response", None) or {}
-    return response
-
-
-def _status(error: BaseException) -> int | None:
-    status: int | None = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status
-
-
-def _code(error: BaseException) -> str:
-    return str(_response(error).get("Error", {}).get("Code", ""))
+def _is_of_a_living_process(name: str) -> bool:
+    pid = name.removeprefix(_WORKING).partition("-")[0]
+    return pid.isdigit() and psutil.pid_exists(int(pid))

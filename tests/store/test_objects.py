@@ -195,7 +195,7 @@ def test_opening_says_that_credentials_are_missing(bucket, monkeypatch, tmp_path
 
 
 def test_an_s3_store_that_is_down_is_a_fault_that_may_pass(bucket, monkeypatch):
-    store = open_store(f"s3://{bucket}")
+    store = open_store(f"s3://{bucket}", retry_budget_s=0.5)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     with pytest.raises(StoreUnavailableError, match=r"no answer from http://127.0.0.1:9"):
         copy.copy(store).list()
@@ -272,6 +272,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(local_store, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
+    local_store.patience.budget_s = 0.1
     (local_store.root / "run").mkdir()
     with pytest.raises(StoreUnavailableError, match="the disk is full"):
         local_store.put_if_absent("run/x", b"data")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
 import pytest
 
 from rlhf_flows.errors import ObjectNotFoundError, StoreProbeError, UserError
-from rlhf_flows.store import probe_put_if_absent
+from rlhf_flows.store import open_store, probe_put_if_absent
+from tests.faulty_proxy import PASSING, faulty_proxy
 
 
 class MemoryStore:
@@ -84,3 +86,25 @@ def test_a_hasty_s3_server_would_have_passed_one_call_after_another(s3_store, s3
 def test_a_lost_reply_during_the_probe_accuses_nobody(s3_store, s3_fault):
     s3_fault("loses_reply", times=1)
     probe_put_if_absent(s3_store)
+
+
+@pytest.mark.parametrize("fault", ["ignores condition", "hasty"])
+def test_a_server_behind_a_proxy_that_breaks_the_promise_is_refused(bucket, monkeypatch, fault):
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(f"s3://{bucket}/{fault.replace(' ', '-')}")
+        proxy.spoil(fault, method="PUT")
+        if fault == "hasty":  # one call after the other would not have found it
+            assert store.put_if_absent("k", b"1")
+            assert not store.put_if_absent("k", b"2")
+        with pytest.raises(StoreProbeError, match=r"of 4 simultaneous.*store\.single_writer=true"):
+            probe_put_if_absent(store)
+
+
+def test_a_sound_server_passes_through_faults(bucket, monkeypatch):
+    with faulty_proxy(os.environ["AWS_ENDPOINT_URL"]) as proxy:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
+        store = open_store(f"s3://{bucket}/faults")
+        proxy.spoil(*PASSING, share=0.2, seconds=0.05)
+        probe_put_if_absent(store)
+        assert len(proxy.faults()) > 3

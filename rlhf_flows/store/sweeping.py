@@ -1,0 +1,73 @@
+"""What killed attempts left behind in a run, and its removal.
+
+The decision here: a folder of weights or state goes only when the commit of its version is there
+and does not list it. Commits never change, so it cannot become real any more, whatever a zombie
+does. A folder of a version that is not yet committed stays until a later sweep.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from rlhf_flows.errors import StoreError
+from rlhf_flows.store.layout import RunLayout, parse_key
+from rlhf_flows.store.objects import ObjectInfo, ObjectStore
+
+__all__ = ["sweep_folders", "sweep_run"]
+
+logger = logging.getLogger(__name__)
+
+
+def sweep_run(store: ObjectStore, run: str, *, older_than_s: float = 3600.0) -> int:
+    """Remove what no commit will ever need; the number of leftovers.
+
+    Unfinished writes, working folders, and what `sweep_folders` finds. What the store refuses is
+    left to a later sweep.
+    """
+    try:
+        count = store.sweep(run, older_than_s=older_than_s)
+        count += len(sweep_folders(store, run, older_than_s=older_than_s))
+    except StoreError as error:
+        logger.warning(
+            "not all leftovers of run %r are swept, a later attempt will: %s", run, error
+        )
+        return 0
+    if count:
+        logger.info("swept %d leftovers of killed attempts of run %r", count, run)
+    return count
+
+
+def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0) -> list[str]:
+    """Delete folders of weights and state that the commit of their version does not list.
+
+    Returns their prefixes. Only those whose youngest file is older than `older_than_s`: nobody
+    writes to them any more. There is no record of it, as there is of what retention deletes: they
+    never were part of the run.
+    """
+    layout = RunLayout(run)
+    before_s = time.time() - older_than_s
+    committed: set[int] = set()
+    folders: dict[tuple[int, str], list[ObjectInfo]] = {}
+    for info in store.list(run):
+        parts = parse_key(run, info.key)
+        if parts is None:
+            continue
+        if parts.kind == "trained":
+            committed.add(parts.episode + 1)
+        elif parts.kind in ("checkpoint_file", "weights_file"):
+            prefix = info.key.removesuffix(f"/{parts.rest}")
+            folders.setdefault((parts.version, prefix), []).append(info)
+
+    commits: dict[int, bytes] = {}
+    swept = []
+    for (version, prefix), files in folders.items():
+        if version not in committed or max(file.modified_s for file in files) > before_s:
+            continue
+        if version not in commits:
+            commits[version] = store.get(layout.trained(version - 1))
+        # Wherever the commit has it: what it says of a folder is not the business of this room.
+        if f'"{prefix}"'.encode() not in commits[version]:
+            store.delete(file.key for file in files)
+            swept.append(prefix)
+    return swept
