@@ -11,6 +11,7 @@ from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import check_store, claim_run, new_run_name, open_probed_store
 from rlhf_flows.attempt.description import Checked, Description, Environment, Evaluator, Trainer
 from rlhf_flows.attempt.running import run_as_flow
+from rlhf_flows.attempt.stopping import without_abort
 
 __all__ = [
     "Checked",
@@ -24,4 +25,5 @@ __all__ = [
     "new_run_name",
     "open_probed_store",
     "run_as_flow",
+    "without_abort",
 ]

@@ -93,6 +93,7 @@ def automations(delays: Delays, *, tag: str = TAG) -> list[AutomationCore]:
                 state=StateType.CRASHED,
                 name="Crashed",
                 message=f"no heartbeat for {delays.heartbeat_s:g} s",
+                force=False,
             )
         ],
     )
