@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import signal
 import time
 from collections.abc import Callable, Iterator
 from types import TracebackType
@@ -119,6 +120,9 @@ class FlowRunWatch:
     async def _why_interrupted(self) -> Outcome:
         if self._flow_run.deployment_id is None:
             return "cancelled"  # by Ctrl-C
+        # Ray's handler of SIGTERM, which comes before Prefect's, gives a process three seconds and
+        # then aborts it: too few for a store that is far away.
+        signal.alarm(0)
         flow_run = await self._ask()
         state = None if flow_run is None else flow_run.state
         if state is not None and _is_cancelled(state):

@@ -96,7 +96,7 @@ def start_toy(client: SyncPrefectClient, store: Path, address: str, *, slow_s: f
 def wait_for_work(store: Path, flow_run_id: UUID) -> Path:
     folder = store / f"toy-{flow_run_id}"
     shard = folder / "episodes/episode=000000/rollout/shard-00001.parquet"
-    wait_for("the first shards", lambda: existing(shard), timeout_s=90)
+    wait_for("the first shards", lambda: existing(shard), timeout_s=180)
     return folder
 
 

@@ -16,6 +16,7 @@ from uuid import UUID
 import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State, StateType
 from prefect.states import Crashed, Suspended
 
 from tests.deployments.worker import (
@@ -87,7 +88,7 @@ class Started:
         self.name = f"toy-{self.id}"
         self.folder = store / self.name
         shard = self.folder / "episodes/episode=000001/rollout/shard-00000.parquet"
-        wait_for("the second episode", lambda: existing(shard), timeout_s=90)
+        wait_for("the second episode", lambda: existing(shard), timeout_s=180)
         self.process = psutil.Process(attempt(self.folder, 1)["pid"])
 
     def ends(self, state: str) -> None:
@@ -97,6 +98,19 @@ class Started:
         assert found.state is not None
         assert found.state_type is not None
         assert found.state_type.value == state, found.state.message
+
+    def stops(self) -> None:
+        began = time.monotonic()
+        wait_for(
+            "the release of the pools, or the last word",
+            lambda: outcome(self.folder, 1),
+            timeout_s=STOPS_WITHIN_S,
+        )
+        said = time.monotonic() - began
+        psutil.wait_procs([self.process], timeout=STOPS_WITHIN_S)
+        assert not self.process.is_running()
+        ended = time.monotonic() - began
+        print(f"ended.json after {said:.1f} s, the process has ended after {ended:.1f} s")
 
     def actors(self) -> list[str]:
         import ray
@@ -111,16 +125,12 @@ def started(client: SyncPrefectClient, deployment: UUID, store: Path, services: 
 
 
 def test_a_cancelled_run_stops_soon_releases_its_pools_and_resumes_to_the_same_bits(
-    started: Started, store: Path, undisturbed: str, record_property: Any
+    started: Started, store: Path, undisturbed: str
 ) -> None:
-    began = time.monotonic()
-    prefect("flow-run", "cancel", str(started.id))
-    psutil.wait_procs([started.process], timeout=STOPS_WITHIN_S)
-    ended = time.monotonic() - began
-    record_property("cancel_s", ended)
-    assert not started.process.is_running()
+    # As `prefect flow-run cancel` does it, and the button of the UI.
+    started.client.set_flow_run_state(started.id, State(type=StateType.CANCELLING))
+    started.stops()
     assert started.actors() == []
-    assert ended < STOPS_WITHIN_S
     assert outcome(started.folder, 1) == "cancelled"
     wait_for("the state", lambda: in_state(started.client, started.id, "CANCELLED"))
     assert history(started.client, started.id)[-2:] == ["Cancelling", "Cancelled"]
@@ -133,14 +143,11 @@ def test_a_cancelled_run_stops_soon_releases_its_pools_and_resumes_to_the_same_b
 
 
 def test_a_suspended_run_leaves_its_pools_to_the_process_that_resumes_it(
-    started: Started, store: Path, undisturbed: str, record_property: Any
+    started: Started, store: Path, undisturbed: str
 ) -> None:
-    began = time.monotonic()
     # As the button of the UI does it.
     started.client.set_flow_run_state(started.id, Suspended(timeout_seconds=600))
-    psutil.wait_procs([started.process], timeout=STOPS_WITHIN_S)
-    record_property("suspend_s", time.monotonic() - began)
-    assert not started.process.is_running()
+    started.stops()
     assert outcome(started.folder, 1) == "suspended"
     assert len(started.actors()) == 3
     assert in_state(started.client, started.id, "PAUSED")
