@@ -118,7 +118,11 @@ def test_a_killed_flow_process_is_followed_by_another_one_with_the_same_pools(
         os.kill(attempt(folder, 1)["pid"], signal.SIGKILL)
         wait_for("the end", lambda: in_state(client, flow_run_id, "COMPLETED"), timeout_s=120)
     states = history(client, flow_run_id)
-    assert states[-5:] == ["Crashed", "AwaitingRetry", "Pending", "Retrying", "Completed"], states
+    assert [s for s in states if s in ("Crashed", "AwaitingRetry", "Failed")] == [
+        "Crashed",
+        "AwaitingRetry",
+    ]
+    assert states[-1] == "Completed"
     assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
     assert len(pids(tmp_path / "calls")) == 1
 

@@ -180,7 +180,7 @@ def test_a_flow_run_that_is_retried_while_its_process_lives_is_not_disturbed_by_
     states = history(started.client, started.id)
     assert states.count("Crashed") == 1, states
     assert "Failed" not in states
-    assert states[-2:] == ["Retrying", "Completed"], states
+    assert states[-2:] == ["Running", "Completed"], states
     assert_same_bits(store, started.name, reference=undisturbed)
     assert_exactly_once(store, started.name, episodes=EPISODES)
     assert len(pids(started.log)) == 1
