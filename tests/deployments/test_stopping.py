@@ -40,6 +40,9 @@ from tests.end_to_end.whole_run import (
     toy_engine,
 )
 
+# A worker starts seven flow processes, one after the other: half a minute a test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
 EPISODES = 4
 STOPS_WITHIN_S = 15.0
 
