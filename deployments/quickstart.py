@@ -14,7 +14,7 @@ from prefect import flow
 from prefect.context import FlowRunContext
 from pydantic import Field
 
-from rlhf_flows.attempt import new_run_name, open_probed_store
+from rlhf_flows.attempt import new_run_name, open_probed_store, without_abort
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.deployments import grpo as grpo_recipe
 from rlhf_flows.deployments import sft as sft_recipe
@@ -73,6 +73,7 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
             train_global_batch_size=batch,
             generation_batch_size=steps * batch,
             seed=config.runtime.seed,
+            max_attempts=config.runtime.max_attempts,
         ),
         model=str(model),
         dataset="demonstrations of sort_digits",
@@ -137,7 +138,8 @@ async def _as_flow(
         """A small model learns to sort digits."""
         return await _train(config, name, progress=progress, takeover=takeover)
 
-    result: RecipeResult = await train()
+    with without_abort():
+        result: RecipeResult = await train()
     return result
 
 

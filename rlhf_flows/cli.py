@@ -30,6 +30,10 @@ app = typer.Typer(
 )
 pools_app = typer.Typer(help="Actor pools on a Ray cluster.", no_args_is_help=True)
 app.add_typer(pools_app, name="pools")
+automations_app = typer.Typer(
+    help="Automations on a Prefect server that start crashed runs again.", no_args_is_help=True
+)
+app.add_typer(automations_app, name="automations")
 
 
 def main() -> None:
@@ -164,6 +168,66 @@ def pools_release(
 
     count = release_pools(address, run)
     Console().print(f"{count} actors of {run} were ended")
+
+
+@automations_app.command("install")
+def automations_install(
+    restart_s: Annotated[
+        float, typer.Option(help="Seconds from a crash to the restart.", min=15)
+    ] = 25.0,
+    heartbeat_s: Annotated[
+        float, typer.Option(help="Seconds without a heartbeat that are a crash.", min=60)
+    ] = 90.0,
+    crashes_per_hour: Annotated[
+        int, typer.Option(help="Crashes of one flow run that end the restarts.", min=2)
+    ] = 10,
+) -> None:
+    """Installs them on the server of PREFECT_API_URL, or replaces them there."""
+    from rlhf_flows.services.automations import TAG, Delays, install
+
+    delays = Delays(restart_s=restart_s, heartbeat_s=heartbeat_s, crashes_per_hour=crashes_per_hour)
+    with _prefect_client() as client:
+        for name in install(client, delays):
+            Console().print(f"installed {name!r}, for flow runs with the tag {TAG!r}")
+
+
+@automations_app.command("remove")
+def automations_remove() -> None:
+    """Removes them from the server."""
+    from rlhf_flows.services.automations import remove
+
+    with _prefect_client() as client:
+        names = remove(client)
+    Console().print("\n".join(f"removed {name!r}" for name in names) or "there were none")
+
+
+@automations_app.command("ls")
+def automations_ls() -> None:
+    """Lists those that the server has."""
+    from rlhf_flows.services.automations import installed
+
+    with _prefect_client() as client:
+        found = installed(client)
+    for automation in found:
+        is_on = "on" if automation.enabled else "off"
+        Console().print(f"{automation.name} ({is_on}): {automation.description}", soft_wrap=True)
+    if not found:
+        Console().print("none: `rlhf-flows automations install` makes them")
+
+
+def _prefect_client() -> Any:
+    """A client of the server that is configured. Raises ConfigError where none is."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_URL
+
+    from rlhf_flows.errors import ConfigError
+
+    if not PREFECT_API_URL.value():
+        raise ConfigError(
+            "no Prefect server is configured: automations live on one that stays, so start it with"
+            " `prefect server start` and set PREFECT_API_URL, such as http://127.0.0.1:4200/api"
+        )
+    return get_client(sync_client=True)
 
 
 if __name__ == "__main__":

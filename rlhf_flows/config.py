@@ -46,6 +46,7 @@ MAY_CHANGE = frozenset(
         "runtime.sync_timeout_s",
         "runtime.train_timeout_s",
         "runtime.keep_last",
+        "runtime.max_attempts",
         "runtime.max_replica_restarts",
         "runtime.max_quarantined",
     }
@@ -88,6 +89,11 @@ class ClusterConfig(Settings):
         default=900.0,
         gt=0,
         description="Pools without a heartbeat for this long release themselves.",
+    )
+    keep_pools_on_cancel: bool = Field(
+        default=False,
+        description="Keep the pools of a cancelled run until their lease ends, as those of a"
+        " suspended one; only with `address`.",
     )
 
 
@@ -169,6 +175,11 @@ class RuntimeConfig(Settings):
     )
     sync_probe: bool = Field(
         default=True, description="Compare logprobs of probe sequences between trainer and sampler."
+    )
+    max_attempts: PositiveInt = Field(
+        default=5,
+        description="Attempts in a row that may die (killed, crashed, machine lost) before the run"
+        " stays failed.",
     )
     max_replica_restarts: int = Field(
         default=3,

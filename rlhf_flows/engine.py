@@ -227,16 +227,29 @@ def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     context = contextvars.copy_context()
     outcome: list[T] = []
     failure: list[BaseException] = []
+    running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
+
+    async def main() -> T:
+        task = asyncio.current_task()
+        assert task is not None
+        running.append((asyncio.get_running_loop(), task))
+        return await make()
 
     def work() -> None:
         try:
-            outcome.append(context.run(asyncio.run, make()))
+            outcome.append(context.run(asyncio.run, main()))
         except BaseException as e:
             failure.append(e)
 
     thread = threading.Thread(target=work, name="rlhf_flows.learn")
     thread.start()
-    thread.join()
+    try:
+        thread.join()
+    except BaseException:  # Ctrl-C, or the signal by which a worker stops a flow
+        for loop, task in running:
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+        raise
     if failure:
         raise failure[0]
     return outcome[0]

@@ -9,6 +9,7 @@ the cause.
 from __future__ import annotations
 
 __all__ = [
+    "AttemptsExhaustedError",
     "ConfigError",
     "DataDamageError",
     "DataError",
@@ -25,6 +26,7 @@ __all__ = [
     "RewardError",
     "RlhfFlowsError",
     "RunBusyError",
+    "RunCancelledError",
     "RunConflictError",
     "ShardDamageError",
     "ShardError",
@@ -126,6 +128,14 @@ class ShardDamageError(DataDamageError):
 
 class FencedError(RlhfFlowsError):
     """A newer attempt of the run took over. Terminal: never retried."""
+
+
+class RunCancelledError(RlhfFlowsError):
+    """The run was cancelled in Prefect. Never retried; starting again resumes."""
+
+
+class AttemptsExhaustedError(RlhfFlowsError):
+    """A run whose attempts die one after the other. A person has to look first."""
 
 
 class PoolError(RlhfFlowsError):

@@ -166,3 +166,19 @@ def test_an_unknown_recipe_lists_those_there_are(
         cli.main()
     assert caught.value.code == 2
     assert "quickstart, sft, grpo" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["install", "remove", "ls"])
+def test_automations_without_a_server_that_stays_say_how_to_have_one(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    monkeypatch.setattr(sys, "argv", ["rlhf-flows", "automations", command])
+    with (
+        temporary_settings(restore_defaults={PREFECT_API_URL}),
+        pytest.raises(SystemExit) as caught,
+    ):
+        cli.main()
+    assert caught.value.code == 2
+    assert "PREFECT_API_URL" in capsys.readouterr().err

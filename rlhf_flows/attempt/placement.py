@@ -9,7 +9,7 @@ import importlib.metadata
 import json
 import logging
 import threading
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +18,6 @@ import psutil
 
 from rlhf_flows.attempt.description import Checked
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
-from rlhf_flows.errors import UserError
 from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
 from rlhf_flows.pools.resources import check_fits
@@ -68,12 +67,22 @@ async def connect_cluster(checked: Checked) -> Cluster:
 
 @contextlib.asynccontextmanager
 async def open_pools(
-    checked: Checked, store: ObjectStore, run: str, attempt: int, cluster: Cluster
+    checked: Checked,
+    store: ObjectStore,
+    run: str,
+    attempt: int,
+    cluster: Cluster,
+    *,
+    keeps: Callable[[BaseException], Awaitable[bool]],
 ) -> AsyncIterator[dict[str, Pool]]:
-    """Opens every pool, keeps their lease, and releases what should not outlive the attempt."""
+    """Opens every pool, keeps their lease, and releases what should not outlive the attempt.
+
+    Args:
+        keeps: Whether pools outlive an attempt that ends with this error.
+    """
     pools = {name: make_pool(checked, store, run, attempt, name) for name in checked.modules}
     keeper: asyncio.Task[None] | None = None
-    done = False
+    kept = False
     try:
         async with together() as group:
             for pool in pools.values():
@@ -84,14 +93,13 @@ async def open_pools(
                     await pools[owner].set_dataset(kind, dataset.info.digest, dataset.rows)
         keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
         yield pools
-        done = True
-    except UserError:
-        done = True  # waiting with loaded models for the same mistake helps nobody
+    except BaseException as e:
+        kept = await keeps(e)
         raise
     finally:
         if keeper is not None:
             keeper.cancel()
-        if done or cluster.is_local:
+        if cluster.is_local or not kept:
             await _release(list(pools.values()))
 
 

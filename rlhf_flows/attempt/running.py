@@ -1,7 +1,7 @@
 """A running attempt: the name claimed, the number taken, the pools opened, the phases run.
 
-On the way out the attempt is ended and, where they cannot outlive it or the run is done, the pools
-are released.
+On the way out the attempt is ended and, where they cannot outlive it or nobody will need them, the
+pools are released. Why it ends, and what becomes of the flow run, is told by `stopping`.
 """
 
 from __future__ import annotations
@@ -10,19 +10,32 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 import prefect
+from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import claim_run, new_run_name
+from rlhf_flows.attempt.deaths import check_attempts_left
 from rlhf_flows.attempt.description import Checked, Description
 from rlhf_flows.attempt.placement import connect_cluster, open_pools
-from rlhf_flows.errors import FencedError, StoreUnavailableError
+from rlhf_flows.attempt.stopping import FlowRunWatch, without_abort
+from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
-from rlhf_flows.store import check_run_name, end_attempt, scan, sweep_run, take_attempt
+from rlhf_flows.services.prefect_server import kept_prefect_api
+from rlhf_flows.store import (
+    Outcome,
+    check_fence,
+    check_run_name,
+    end_attempt,
+    scan,
+    sweep_run,
+    take_attempt,
+)
 from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import Runtime
 
@@ -32,9 +45,9 @@ __all__ = ["run_as_flow"]
 async def run_as_flow(description: Description) -> RunResult:
     """Runs as a Prefect flow run, or as part of the flow run that this is called in."""
     checked = await asyncio.to_thread(check, description)
-    context = FlowRunContext.get()
-    if context is not None and context.flow_run is not None:
-        return await run_attempt(checked, flow_run_id=str(context.flow_run.id))
+    flow_run = _flow_run()
+    if flow_run is not None:
+        return await run_attempt(checked, flow_run)
 
     run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
@@ -48,23 +61,31 @@ async def run_as_flow(description: Description) -> RunResult:
     async def episodes() -> RunResult:
         """The five phases, episode by episode."""
         await cluster
-        flow_run = FlowRunContext.get()
+        flow_run = _flow_run()
         assert flow_run is not None
-        assert flow_run.flow_run is not None
-        return await run_attempt(checked, flow_run_id=str(flow_run.flow_run.id))
+        return await run_attempt(checked, flow_run)
 
     try:
-        result: RunResult = await episodes()
+        with kept_prefect_api() as server, without_abort():
+            if server is not None:
+                await asyncio.to_thread(server.wait)
+            result: RunResult = await episodes()
     finally:
         cluster.cancel()
     return result
 
 
-async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
+def _flow_run() -> FlowRun | None:
+    context = FlowRunContext.get()
+    return None if context is None else context.flow_run
+
+
+async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
     """One attempt of the run: whatever is missing, from what the store holds."""
-    config = checked.config
+    config, flow_run_id = checked.config, str(flow_run.id)
     run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
     store, record = await asyncio.to_thread(claim_run, checked, run)
+    await check_attempts_left(store, run, max_attempts=config.runtime.max_attempts)
     cluster = await connect_cluster(checked)
     attempt = await asyncio.to_thread(
         take_attempt,
@@ -97,34 +118,34 @@ async def run_attempt(checked: Checked, *, flow_run_id: str) -> RunResult:
             eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
         )
 
-    outcome = "failed"
+    watch = FlowRunWatch(flow_run, check_fence=partial(check_fence, store, run, attempt.number))
+    keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
+    outcome: Outcome = "failed"
     try:
         found = await runtime({})
         name, also = checked.description.name, checked.description.progress
-        async with shown(found, name=name, flow_run_id=flow_run_id, also=also) as progress:
+        shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
+        async with shows as progress, watch:
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
             else:
-                async with open_pools(checked, store, run, attempt.number, cluster) as pools:
+                opened = open_pools(checked, store, run, attempt.number, cluster, keeps=keeps)
+                async with opened as pools:
                     # Looked at again, after the pools are claimed: what an older attempt had in
                     # flight is there now.
                     working = await runtime(pools)
                     working.progress = progress
                     async with together() as group:
-                        watch = group.create_task(watch_head(cluster))
+                        head = group.create_task(watch_head(cluster))
                         result = await run_episodes(working)
-                        watch.cancel()
+                        head.cancel()
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
-    except FencedError:
-        outcome = "fenced"
-        raise
-    except StoreUnavailableError:
-        store.patience.exhaust()  # it was waited for; the end is recorded if it is back
-        raise
-    except asyncio.CancelledError:
-        outcome = "cancelled"
-        raise
+    except BaseException as e:
+        if isinstance(e, StoreUnavailableError):
+            store.patience.exhaust()  # it was waited for; the end is recorded if it is back
+        outcome = await watch.outcome_of(e)
+        await watch.tell(e)
     finally:
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))

@@ -26,6 +26,7 @@ from prefect.client.schemas.actions import ArtifactCreate
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
 from prefect.logging import get_run_logger
 
+from rlhf_flows.errors import FencedError
 from rlhf_flows.flow import phases_of
 from rlhf_flows.reporting.curves import draw
 from rlhf_flows.reporting.run_board import RunBoard
@@ -160,6 +161,8 @@ class ArtifactProgress(RunBoard):
         traceback: TracebackType | None,
     ) -> None:
         assert self._publisher is not None
+        if isinstance(error, FencedError):
+            self._publisher.cancel()  # the artifacts are the newer attempt's by now
         self._closing.set()
         done, _ = await asyncio.wait([self._publisher], timeout=_LAST_UPDATE_S)
         if not done:

@@ -8,22 +8,26 @@ and it ends with its process however that ends, a `kill -9` included. The databa
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
+import queue
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from rlhf_flows.errors import WaitTimeoutError
 
-__all__ = ["PrefectServer", "prefect_api"]
+__all__ = ["PrefectServer", "kept_prefect_api", "prefect_api"]
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 3.0
@@ -38,6 +42,8 @@ _IDLE_SERVICES = (
     "TRIGGERS",
 )
 """What schedules, watches workers or fires automations: of no use to one run."""
+_PRIVATE = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+"""A server that ends with its process has nobody to report to."""
 _RECORDER = {
     # One insert for all that happened within a second, not one for each change of a task's state:
     # 10 ms of CPU time a task instead of 26, and at the end of a run nothing waits to be written.
@@ -68,6 +74,7 @@ class PrefectServer:
 
         services = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _IDLE_SERVICES}
         environment = {
+            **_PRIVATE,
             **os.environ,
             **services,
             **_RECORDER,
@@ -128,15 +135,52 @@ def _end_with_parent() -> None:
 @contextmanager
 def prefect_api() -> Iterator[PrefectServer | None]:
     """Within it Prefect has a server: the one that is configured, else one of this process."""
-    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
-
-    if PREFECT_API_URL.value():
+    if _is_configured():
         yield None
         return
     server = PrefectServer()
     try:
-        updates = {PREFECT_API_URL: server.api_url, PREFECT_UI_URL: server.url}
-        with temporary_settings(updates):
+        with _used(server):
             yield server
     finally:
         server.stop()
+
+
+@contextmanager
+def kept_prefect_api() -> Iterator[PrefectServer | None]:
+    """`prefect_api` for a program that may come again: its server is started once, and kept."""
+    if _is_configured():
+        yield None
+        return
+    with _used(_kept_server()) as server:
+        yield server
+
+
+def _is_configured() -> bool:
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
+
+
+@contextmanager
+def _used(server: PrefectServer) -> Iterator[PrefectServer]:
+    from prefect.settings import PREFECT_API_URL, PREFECT_UI_URL, temporary_settings
+
+    with temporary_settings({PREFECT_API_URL: server.api_url, PREFECT_UI_URL: server.url}):
+        yield server
+
+
+@cache
+def _kept_server() -> PrefectServer:
+    """The server of this process, until it exits."""
+    started: queue.SimpleQueue[PrefectServer] = queue.SimpleQueue()
+
+    def hold() -> None:
+        started.put(PrefectServer())
+        # Linux ends a child with the thread that started it, and threads of callers come and go.
+        threading.Event().wait()
+
+    threading.Thread(target=hold, name="rlhf_flows Prefect server", daemon=True).start()
+    server = started.get()
+    atexit.register(server.stop)
+    return server

@@ -2,7 +2,9 @@
 
 from rlhf_flows.store.attempts import (
     Attempt,
+    Outcome,
     check_fence,
+    deaths_in_a_row,
     end_attempt,
     newest_attempt,
     take_attempt,
@@ -28,6 +30,7 @@ __all__ = [
     "KeyParts",
     "ObjectInfo",
     "ObjectStore",
+    "Outcome",
     "Patience",
     "RunLayout",
     "RunRecord",
@@ -38,6 +41,7 @@ __all__ = [
     "commit_bytes",
     "commit_json",
     "config_digest",
+    "deaths_in_a_row",
     "delete_folder",
     "end_attempt",
     "fetch_folder",

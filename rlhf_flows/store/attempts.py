@@ -15,7 +15,7 @@ import socket
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 
@@ -24,7 +24,20 @@ from rlhf_flows.store.commit import commit_json, read_json
 from rlhf_flows.store.layout import RunLayout, parse_key
 from rlhf_flows.store.objects import ObjectStore
 
-__all__ = ["Attempt", "check_fence", "end_attempt", "newest_attempt", "take_attempt"]
+__all__ = [
+    "Attempt",
+    "Outcome",
+    "check_fence",
+    "deaths_in_a_row",
+    "end_attempt",
+    "newest_attempt",
+    "take_attempt",
+]
+
+Outcome = Literal["completed", "failed", "cancelled", "suspended", "fenced", "terminated"]
+"""How an attempt ended that could say so. `terminated`: asked to leave by a signal, by nobody who
+cancelled the run (a node that is drained, a worker that is stopped)."""
+_DEATHS: tuple[Outcome | None, ...] = ("terminated", None)
 
 logger = logging.getLogger(__name__)
 
@@ -62,7 +75,8 @@ def take_attempt(
     """Take the next number, which fences every attempt before.
 
     Raises `RunBusyError` if the newest attempt has not ended and its process is alive on this
-    host (and is not this one), unless `takeover`.
+    host (and is not this one), unless `takeover`. An attempt of the same flow run is always
+    replaced: Prefect runs that one again only where it was given up.
     """
     layout = RunLayout(run)
     mine = _this_process()
@@ -70,7 +84,9 @@ def take_attempt(
         numbers, ended = _listed(store, layout)
         newest = max(numbers, default=0)
         if newest and newest not in ended and not takeover:
-            _refuse_if_alive(run, newest, read_json(store, layout.attempt(newest)), mine)
+            theirs = read_json(store, layout.attempt(newest))
+            if flow_run_id is None or theirs["flow_run_id"] != flow_run_id:
+                _refuse_if_alive(run, newest, theirs, mine)
         record = {
             "run": run,
             "number": newest + 1,
@@ -86,7 +102,7 @@ def take_attempt(
             return Attempt(**record)
 
 
-def end_attempt(store: ObjectStore, run: str, number: int, outcome: str) -> None:
+def end_attempt(store: ObjectStore, run: str, number: int, outcome: Outcome) -> None:
     """Record how the attempt ended, if the store is there. The first record stands."""
     record = {"number": number, "outcome": outcome, "ended_at": _now()}
     try:
@@ -100,6 +116,24 @@ def newest_attempt(store: ObjectStore, run: str) -> int:
     """The highest number taken; 0 if there is none."""
     numbers, _ = _listed(store, RunLayout(run))
     return max(numbers, default=0)
+
+
+def deaths_in_a_row(store: ObjectStore, run: str) -> list[int]:
+    """The newest attempts that died, back to one that ended in good order; the newest first.
+
+    One that was fenced counts neither way: somebody else had the run by then.
+    """
+    layout = RunLayout(run)
+    numbers, ended = _listed(store, layout)
+    deaths = []
+    for number in sorted(numbers, reverse=True):
+        key = layout.attempt_ended(number)
+        outcome = read_json(store, key)["outcome"] if number in ended else None
+        if outcome in _DEATHS:
+            deaths.append(number)
+        elif outcome != "fenced":
+            break
+    return deaths
 
 
 def check_fence(store: ObjectStore, run: str, number: int) -> None:

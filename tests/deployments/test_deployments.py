@@ -8,23 +8,27 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
-from prefect.client.schemas.objects import FlowRun
 from prefect.states import AwaitingRetry
 
-ROOT = Path(__file__).parents[2]
-POOL = "rlhf-flows"
+from tests.deployments.worker import (
+    POOL,
+    ROOT,
+    existing,
+    in_state,
+    prefect,
+    process_worker,
+    wait_for,
+)
+
 SETTINGS: dict[str, Any] = {
     "runtime": {
         "num_episode": 4,
@@ -37,32 +41,6 @@ SETTINGS: dict[str, Any] = {
     "num_eval_prompts": 8,
     "sampler": "transformers",
 }
-T = TypeVar("T")
-
-
-def prefect(*args: str, **env: str) -> str:
-    """Runs Prefect's command line in the repository; what it printed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *args],
-        cwd=ROOT,
-        env={**os.environ, **env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
-def wait_for(what: str, ask: Callable[[], T | None], *, timeout_s: float = 300) -> T:
-    """The first answer that is something."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        if (answer := ask()) is not None:
-            return answer
-        time.sleep(0.05)
-    raise AssertionError(f"{what} did not happen within {timeout_s:g} s")
 
 
 @pytest.fixture
@@ -76,20 +54,8 @@ def worker(services: str, tmp_path: Path) -> Iterator[None]:
     """A process worker on the deployments of prefect.yaml."""
     prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
     prefect("deploy", "--all")
-    log = (tmp_path / "worker.log").open("w")
-    process = subprocess.Popen(
-        [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL],
-        cwd=tmp_path,
-        env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-    yield
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait(10)
-    log.close()
+    with process_worker(tmp_path / "worker.log"):
+        yield
 
 
 def test_every_deployment_loads_its_flow_and_belongs_to_the_work_pool() -> None:
@@ -117,17 +83,17 @@ def test_a_killed_deployment_run_resumes_on_retry_and_shows_itself(
     folder = store / f"quickstart-{flow_run.id}"
 
     # The flow process dies of -9 once the first episode is trained.
-    wait_for("training", lambda: _exists(folder / "episodes/episode=000000/trained.json"))
+    wait_for("training", lambda: existing(folder / "episodes/episode=000000/trained.json"))
     attempt = json.loads((folder / "attempts/000001.json").read_text("utf-8"))
     os.kill(attempt["pid"], signal.SIGKILL)
-    crashed = wait_for("the crash", lambda: _in_state(client, flow_run.id, "CRASHED"))
+    crashed = wait_for("the crash", lambda: in_state(client, flow_run.id, "CRASHED"))
     trained = {p: p.read_bytes() for p in folder.glob("episodes/*/trained.json")}
     assert 1 <= len(trained) < SETTINGS["runtime"]["num_episode"]
 
     # Retry, as the button of the UI does it: the same flow run, the same run.
     assert crashed.state is not None
     client.set_flow_run_state(flow_run.id, AwaitingRetry(), force=True)
-    done = wait_for("the end", lambda: _in_state(client, flow_run.id, "COMPLETED", "FAILED"))
+    done = wait_for("the end", lambda: in_state(client, flow_run.id, "COMPLETED", "FAILED"))
     assert done.state is not None
     assert done.state.is_completed(), done.state.message
     assert {p.name for p in (folder / "attempts").glob("00000?.json")} == {
@@ -162,12 +128,3 @@ def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path)
     assert all(row["prompt"].endswith(">") for row in samples)
     assert "data:image/svg+xml;base64," in by_key["grpo-curves"].data
     assert by_key["sft-progress"].data == 100
-
-
-def _exists(path: Path) -> Path | None:
-    return path if path.exists() else None
-
-
-def _in_state(client: SyncPrefectClient, flow_run_id: UUID, *types: str) -> FlowRun | None:
-    flow_run = client.read_flow_run(flow_run_id)
-    return flow_run if flow_run.state_type and flow_run.state_type.value in types else None

@@ -28,7 +28,7 @@ from tests.end_to_end.whole_run import (
     toy_engine,
 )
 
-RUNTIME: dict[str, Any] = {"num_episode": 4, "eval_episode_interval": 1}
+RUNTIME: dict[str, Any] = {"num_episode": 4, "eval_episode_interval": 1, "max_attempts": 20}
 
 POINTS = [
     "advanced evaluation 0 1",

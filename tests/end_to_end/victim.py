@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.tasks import NoProgress, training
 from tests.end_to_end.whole_run import learn, toy_engine
 
@@ -70,21 +69,18 @@ def main(settings: dict[str, Any]) -> None:
     engine = toy_engine(
         log=Path(settings["log"]), slow_s=settings["slow_s"], ends=settings["ends"]
     )
-    with prefect_api() as server:  # as the command line does
-        if server is not None:
-            server.wait()
-        for store, run in settings["first"]:
-            learn(toy_engine(), store, run, address=settings["address"], **settings["runtime"])
-        learn(
-            engine,
-            settings["store"],
-            settings["run"],
-            address=settings["address"],
-            models=settings["models"],
-            progress=Bomb(point),
-            **settings["runtime"],
-        )
-        print(f"finished at {time.time()}", flush=True)
+    for store, run in settings["first"]:
+        learn(toy_engine(), store, run, address=settings["address"], **settings["runtime"])
+    learn(
+        engine,
+        settings["store"],
+        settings["run"],
+        address=settings["address"],
+        models=settings["models"],
+        progress=Bomb(point),
+        **settings["runtime"],
+    )
+    print(f"finished at {time.time()}", flush=True)
 
 
 if __name__ == "__main__":

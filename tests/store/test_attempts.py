@@ -15,6 +15,7 @@ from rlhf_flows.store import (
     RunLayout,
     check_fence,
     commit_json,
+    deaths_in_a_row,
     end_attempt,
     newest_attempt,
     read_json,
@@ -135,3 +136,26 @@ def test_the_first_outcome_of_an_attempt_stands(local_store):
     end_attempt(local_store, "r", 1, "completed")
     key = RunLayout("r").attempt_ended(1)
     assert read_json(local_store, key)["outcome"] == "fenced"
+
+
+def test_deaths_are_counted_back_to_the_last_attempt_that_ended_in_order(store):
+    def follow(*outcomes):
+        for outcome in outcomes:
+            number = take(store).number
+            if outcome:
+                end_attempt(store, "r", number, outcome)
+
+    assert deaths_in_a_row(store, "r") == []
+    follow(None, "completed", None, "fenced", "terminated")
+    assert deaths_in_a_row(store, "r") == [5, 3]
+    follow("suspended")
+    assert deaths_in_a_row(store, "r") == []
+
+
+def test_a_flow_run_that_prefect_runs_again_replaces_its_own_attempt(local_store, start_python):
+    started(start_python, local_store)
+    record = read_json(local_store, "r/attempts/000001.json") | {"flow_run_id": "f"}
+    commit_json(local_store, "other/attempts/000001.json", record)
+    with pytest.raises(RunBusyError):
+        take_attempt(local_store, "other", flow_run_id="g", changed={})
+    assert take_attempt(local_store, "other", flow_run_id="f", changed={}).number == 2

@@ -1,0 +1,188 @@
+"""How an attempt is stopped from outside: what it notices, why it ends, what Prefect is told.
+
+A worker tells a flow process by a signal that it should go, and the flow sees a cancelled task,
+whatever the reason was. Suspension it would see at the end of the phase, a newer attempt at the
+next call of a worker, and a cancellation without a worker not at all. The decision here: the flow
+run itself is asked, every few seconds, and on the way out; its state says why, and its run count
+whether it is still this attempt's to speak for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import NoReturn, Self
+
+import httpx
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.exceptions import Abort, ObjectNotFound, Pause, TerminationSignal
+from prefect.logging import get_run_logger
+from prefect.states import Cancelled
+
+from rlhf_flows.errors import FencedError, RunCancelledError, StoreUnavailableError, UserError
+from rlhf_flows.store import Outcome
+
+__all__ = ["FlowRunWatch", "without_abort"]
+
+_EVERY_S = 3.0
+_WORKER_TAKES_S = 6.0
+"""Within which a worker that is there has passed a cancellation on."""
+_ANSWER_S = 5.0
+_AWAY = (httpx.HTTPError, ObjectNotFound, TimeoutError, StoreUnavailableError)
+
+
+class FlowRunWatch:
+    """Within `async with`, the block ends soon after its flow run was stopped.
+
+    Raises:
+        Pause: the flow run was suspended.
+        RunCancelledError: it was cancelled, and no worker is there to say so.
+        FencedError: it has a newer attempt.
+    """
+
+    def __init__(self, flow_run: FlowRun, *, check_fence: Callable[[], None]) -> None:
+        """
+        Args:
+            check_fence: Raises FencedError where the run has a newer attempt.
+        """
+        self._flow_run = flow_run
+        self._check_fence = check_fence
+        self._group = asyncio.TaskGroup()
+        self._watching: asyncio.Task[NoReturn]
+        self._cancelled_at = float("inf")
+        self._found: BaseException | None = None
+        """Why the watch ended the block, which itself only sees that it was cancelled."""
+
+    async def __aenter__(self) -> Self:
+        await self._group.__aenter__()
+        self._watching = self._group.create_task(self._watch(), name="watch of the flow run")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._watching.cancel()
+        try:
+            await self._group.__aexit__(kind, error, traceback)
+        except BaseExceptionGroup as failures:
+            # The watch and the block may both have failed; the watch knows more.
+            raise self._found or failures.exceptions[0] from failures
+
+    async def _watch(self) -> NoReturn:
+        while True:
+            # A server or a store that is away stops nobody.
+            with contextlib.suppress(*_AWAY):
+                async with get_client() as client:
+                    while True:
+                        await asyncio.sleep(_EVERY_S)
+                        await self._look_at(await client.read_flow_run(self._flow_run.id))
+
+    async def _look_at(self, flow_run: FlowRun) -> None:
+        try:
+            if flow_run.run_count != self._flow_run.run_count:
+                await asyncio.to_thread(self._check_fence)
+            if flow_run.state is not None and _is_suspended(flow_run.state):
+                raise Pause(state=flow_run.state)
+            if flow_run.state is not None and _is_cancelled(flow_run.state):
+                now = time.monotonic()
+                self._cancelled_at = min(self._cancelled_at, now)
+                has_worker = flow_run.deployment_id is not None
+                if now - self._cancelled_at >= (_WORKER_TAKES_S if has_worker else 0):
+                    raise RunCancelledError(f"flow run {flow_run.name!r} was cancelled")
+        except (FencedError, Pause, RunCancelledError) as e:
+            self._found = e
+            raise
+
+    # ---- on the way out -------------------------------------------------------------------
+
+    async def outcome_of(self, error: BaseException) -> Outcome:
+        """Why the attempt ends, by what it ended with."""
+        match self._found or error:
+            case FencedError():
+                return "fenced"
+            case RunCancelledError():
+                return "cancelled"
+            case Pause():
+                return "suspended"
+            case asyncio.CancelledError() | TerminationSignal():
+                return await self._why_interrupted()
+            case _:
+                return "failed"
+
+    async def _why_interrupted(self) -> Outcome:
+        if self._flow_run.deployment_id is None:
+            return "cancelled"  # by Ctrl-C
+        # Ray's handler of SIGTERM, which comes before Prefect's, gives a process three seconds and
+        # then aborts it: too few for a store that is far away.
+        signal.alarm(0)
+        flow_run = await self._ask()
+        state = None if flow_run is None else flow_run.state
+        if state is not None and _is_cancelled(state):
+            return "cancelled"
+        if state is not None and _is_suspended(state):
+            return "suspended"
+        return "terminated"
+
+    async def keeps_pools(self, error: BaseException, *, on_cancel: bool) -> bool:
+        """Whether a next attempt should find the pools loaded.
+
+        Not after a user's mistake: waiting with loaded models for the same mistake helps nobody.
+        """
+        if await self.outcome_of(error) == "cancelled":
+            return on_cancel
+        return not isinstance(error, UserError)
+
+    async def tell(self, error: BaseException) -> NoReturn:
+        """Raises what makes Prefect's engine say of this flow run what is so, or nothing.
+
+        The engine sets a flow run to Failed for an exception and to nothing for an `Abort`: what
+        it should do where a newer attempt speaks for the flow run, and where it is cancelled.
+        """
+        if isinstance(error, FencedError) and not await self._is_mine():
+            get_run_logger().error("%s", error)
+            raise Abort(str(error)) from error
+        if isinstance(error, RunCancelledError):
+            with contextlib.suppress(*_AWAY):
+                async with get_client() as client:
+                    await client.set_flow_run_state(self._flow_run.id, Cancelled(), force=True)
+            raise Abort(str(error)) from error
+        raise error
+
+    async def _is_mine(self) -> bool:
+        flow_run = await self._ask()
+        return flow_run is not None and flow_run.run_count == self._flow_run.run_count
+
+    async def _ask(self) -> FlowRun | None:
+        try:
+            async with asyncio.timeout(_ANSWER_S), get_client() as client:
+                return await client.read_flow_run(self._flow_run.id)
+        except _AWAY:
+            return None
+
+
+def _is_suspended(state: State) -> bool:
+    # A flow run that is paused in place waits in its process, which is another matter.
+    return state.is_paused() and bool(state.state_details.pause_reschedule)
+
+
+def _is_cancelled(state: State) -> bool:
+    return state.is_cancelling() or state.is_cancelled()
+
+
+@contextlib.contextmanager
+def without_abort() -> Iterator[None]:
+    """Around a flow of one's own: raises the error that an `Abort` was made of."""
+    try:
+        yield
+    except Abort as e:
+        if isinstance(e.__cause__, FencedError | RunCancelledError):
+            raise e.__cause__ from None
+        raise

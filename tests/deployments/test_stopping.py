@@ -1,0 +1,189 @@
+"""Deployed runs that a person, or Prefect, stops: cancelled, suspended, replaced while they live.
+
+A real server, a real worker; toys, so that a test is mostly the start of flow processes.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.states import Crashed, Suspended
+
+from tests.deployments.worker import (
+    POOL,
+    attempt,
+    deploy_toy,
+    existing,
+    history,
+    in_state,
+    outcome,
+    prefect,
+    process_worker,
+    wait_for,
+)
+from tests.end_to_end.processes import generated, pids
+from tests.end_to_end.whole_run import (
+    RUNTIME,
+    assert_exactly_once,
+    assert_same_bits,
+    learn,
+    toy_engine,
+)
+
+# A worker starts seven flow processes, one after the other: half a minute a test.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+EPISODES = 4
+STOPS_WITHIN_S = 15.0
+
+
+@pytest.fixture(scope="module")
+def client(services: str) -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("stopped")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(store: Path, services: str) -> str:
+    learn(toy_engine(eval_rows=0), store, "undisturbed", num_episode=EPISODES)
+    return "undisturbed"
+
+
+@pytest.fixture(scope="module")
+def deployment(client: SyncPrefectClient, store: Path) -> Iterator[UUID]:
+    prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
+    with process_worker(store / "worker.log"):
+        yield deploy_toy(client)
+
+
+class Started:
+    """A run of the deployment that is in its second episode."""
+
+    def __init__(
+        self, client: SyncPrefectClient, deployment: UUID, store: Path, address: str
+    ) -> None:
+        self.client = client
+        self.log = store / f"{time.monotonic_ns()}.calls"
+        runtime = {**RUNTIME, "num_episode": EPISODES}
+        parameters: dict[str, Any] = {
+            "store": str(store),
+            "address": address,
+            "log": str(self.log),
+            "slow_s": 1.0,
+            "runtime": runtime,
+        }
+        self.id = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
+        self.name = f"toy-{self.id}"
+        self.folder = store / self.name
+        shard = self.folder / "episodes/episode=000001/rollout/shard-00000.parquet"
+        wait_for("the second episode", lambda: existing(shard), timeout_s=180)
+        self.process = psutil.Process(attempt(self.folder, 1)["pid"])
+
+    def ends(self, state: str) -> None:
+        found = wait_for(
+            "the end", lambda: in_state(self.client, self.id, "COMPLETED", "FAILED", "CRASHED")
+        )
+        assert found.state is not None
+        assert found.state_type is not None
+        assert found.state_type.value == state, found.state.message
+
+    def stops(self) -> None:
+        began = time.monotonic()
+        wait_for(
+            "the release of the pools, or the last word",
+            lambda: outcome(self.folder, 1),
+            timeout_s=STOPS_WITHIN_S,
+        )
+        said = time.monotonic() - began
+        psutil.wait_procs([self.process], timeout=STOPS_WITHIN_S)
+        assert not self.process.is_running()
+        ended = time.monotonic() - began
+        print(f"ended.json after {said:.1f} s, the process has ended after {ended:.1f} s")
+
+    def actors(self) -> list[str]:
+        import ray
+
+        named = ray.util.list_named_actors(all_namespaces=True)
+        return [a["name"] for a in named if a["namespace"].endswith(self.name)]
+
+
+@pytest.fixture
+def started(client: SyncPrefectClient, deployment: UUID, store: Path, services: str) -> Started:
+    return Started(client, deployment, store, services)
+
+
+def test_a_cancelled_run_stops_soon_releases_its_pools_and_resumes_to_the_same_bits(
+    started: Started, store: Path, undisturbed: str
+) -> None:
+    # As `prefect flow-run cancel` does it, and the button of the UI.
+    started.client.set_flow_run_state(started.id, State(type=StateType.CANCELLING))
+    started.stops()
+    assert started.actors() == []
+    assert outcome(started.folder, 1) == "cancelled"
+    wait_for("the state", lambda: in_state(started.client, started.id, "CANCELLED"))
+    assert history(started.client, started.id)[-2:] == ["Cancelling", "Cancelled"]
+    assert not list(started.folder.rglob("*.tmp*"))
+
+    prefect("flow-run", "retry", str(started.id))
+    started.ends("COMPLETED")
+    assert_same_bits(store, started.name, reference=undisturbed)
+    assert_exactly_once(store, started.name, episodes=EPISODES)
+
+
+def test_a_suspended_run_leaves_its_pools_to_the_process_that_resumes_it(
+    started: Started, store: Path, undisturbed: str
+) -> None:
+    # As the button of the UI does it.
+    started.client.set_flow_run_state(started.id, Suspended(timeout_seconds=600))
+    started.stops()
+    assert outcome(started.folder, 1) == "suspended"
+    assert len(started.actors()) == 3
+    assert in_state(started.client, started.id, "PAUSED")
+
+    started.client.resume_flow_run(started.id)
+    started.ends("COMPLETED")
+    assert_same_bits(store, started.name, reference=undisturbed)
+    assert len(pids(started.log)) == 1, "the pools were loaded again"
+    calls = generated(started.log)
+    assert len(calls) - len(set(calls)) <= RUNTIME["generation_batch_size"]
+
+
+def test_a_flow_run_that_is_retried_while_its_process_lives_is_not_disturbed_by_that_one(
+    started: Started, store: Path, undisturbed: str
+) -> None:
+    # What a network does, or a machine that swaps: no sign of life, and not dead.
+    os.kill(started.process.pid, signal.SIGSTOP)
+    try:
+        started.client.set_flow_run_state(started.id, Crashed(message="no heartbeat"))
+        prefect("flow-run", "retry", str(started.id))
+        wait_for("attempt 2", lambda: existing(started.folder / "attempts/000002.json"))
+        calls = len(generated(started.log))
+        wait_for("its work", lambda: len(generated(started.log)) > calls or None)
+    finally:
+        os.kill(started.process.pid, signal.SIGCONT)
+    psutil.wait_procs([started.process], timeout=60)
+    assert not started.process.is_running()
+    assert outcome(started.folder, 1) == "fenced"
+    started.ends("COMPLETED")
+    states = history(started.client, started.id)
+    assert states.count("Crashed") == 1, states
+    assert "Failed" not in states
+    assert states[-2:] == ["Running", "Completed"], states
+    assert_same_bits(store, started.name, reference=undisturbed)
+    assert_exactly_once(store, started.name, episodes=EPISODES)
+    assert len(pids(started.log)) == 1

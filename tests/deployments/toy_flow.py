@@ -1,0 +1,24 @@
+"""Flows that tests deploy: the toys, on a cluster that outlives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from rlhf_flows.engine import GRPOEngine
+from tests.toys import ToyPolicy, ToyReward, ToyTrainer
+
+
+@flow(name="toy", persist_result=False)
+async def toy(store: str, address: str, log: str, slow_s: float, runtime: dict[str, Any]) -> None:
+    """GRPO of digits, a shard in `slow_s` seconds."""
+    engine = GRPOEngine(
+        ToyPolicy("policy", log=Path(log), slow_s=slow_s),
+        ToyTrainer("trainer"),
+        ToyReward("reward"),
+        name="toy",
+    )
+    engine.set_dataset([{"prompt": str(i)} for i in range(64)])
+    await engine.alearn(store={"url": store}, cluster={"address": address}, runtime=runtime)
