@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import pyarrow as pa
 import torch
 from torch import Tensor
 
@@ -60,7 +59,7 @@ class ShardStore:
         base: Batch | None,
         merged: Sequence[Batch],
         output: Batch,
-    ) -> tuple[pa.Table, Batch, NodeReport]:
+    ) -> tuple[Any, Batch, NodeReport]:
         """Writes the shard, or adopts the one that is there.
 
         Stored is what the phase's nodes gave, less what the rollout shard holds already. Returned
