@@ -70,8 +70,9 @@ class Patience:
                 away_s = time.monotonic() - min(first_s, self._began(tried_s))
                 left_s = self.budget_s - away_s
                 if left_s <= 0 or self._is_exhausted:
+                    said = str(error) if str(error).endswith("?") else f"{error}."
                     raise StoreUnavailableError(
-                        f"{error}. Given up after {away_s:.0f} s without success and {tries}"
+                        f"{said} Given up after {away_s:.0f} s without success and {tries}"
                         f" {'try' if tries == 1 else 'tries'} of this request"
                         " (store.retry_budget_s is how long a run waits). Start again once that is"
                         " mended: a run goes on from what it has stored"
