@@ -1,22 +1,33 @@
-"""A run that is started again by Prefect's own retries, and one that died too often to be."""
+"""Runs that Prefect retries by itself, that are cancelled without a worker, that died too often."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.objects import State, StateType
+from prefect.context import FlowRunContext
 from prefect.states import Crashed
 
-from rlhf_flows.errors import AttemptsExhaustedError
+from rlhf_flows.errors import AttemptsExhaustedError, RunCancelledError
 from rlhf_flows.store import commit_json, open_store, read_json
 from rlhf_flows.tasks import NoProgress
 from tests.end_to_end.processes import generated, pids
 from tests.end_to_end.whole_run import RUNTIME, assert_exactly_once, learn, toy_engine
 
 pytestmark = pytest.mark.usefixtures("services")
+
+
+@pytest.fixture
+def client() -> Iterator[SyncPrefectClient]:
+    with get_client(sync_client=True) as client:
+        yield client
 
 
 class FailsOnce(NoProgress):
@@ -46,8 +57,6 @@ def test_a_flow_with_retries_goes_on_in_the_same_process_with_the_same_pools(
             progress=progress,
         )
 
-    import asyncio
-
     asyncio.run(retried())
     store = open_store(str(tmp_path))
     outcomes = [read_json(store, f"r/attempts/00000{n}.ended.json")["outcome"] for n in (1, 2)]
@@ -55,12 +64,6 @@ def test_a_flow_with_retries_goes_on_in_the_same_process_with_the_same_pools(
     assert len(pids(log)) == 1
     assert len(generated(log)) <= 3 * RUNTIME["sample_per_episode"] + 32
     assert_exactly_once(tmp_path, "r", episodes=3)
-
-
-@pytest.fixture
-def client() -> Any:
-    with get_client(sync_client=True) as client:
-        yield client
 
 
 def test_a_run_that_died_too_often_stays_failed_and_says_why_and_how_to_go_on(
@@ -93,3 +96,34 @@ def test_a_run_that_died_too_often_stays_failed_and_says_why_and_how_to_go_on(
     assert_exactly_once(tmp_path, "r", episodes=2)
     # It has ended in good order, so what was before does not count any more.
     learn(toy_engine(eval_rows=0), tmp_path, "r", num_episode=3, max_attempts=1)
+
+
+class CancelsItself(NoProgress):
+    """Somebody presses Cancel in the UI after the first episode."""
+
+    def __init__(self, client: SyncPrefectClient) -> None:
+        self.client = client
+        self.flow_run_id: UUID
+
+    def finished(self, phase: str, number: int, seconds: float, metrics: Any) -> None:
+        if (phase, number) == ("training", 0):
+            context = FlowRunContext.get()
+            assert context is not None
+            assert context.flow_run is not None
+            self.flow_run_id = context.flow_run.id
+            self.client.set_flow_run_state(self.flow_run_id, State(type=StateType.CANCELLING))
+
+
+def test_a_run_of_a_script_is_cancelled_in_the_ui_and_goes_on_when_started_again(
+    tmp_path: Path, client: SyncPrefectClient
+) -> None:
+    progress = CancelsItself(client)
+    engine = toy_engine(eval_rows=0, slow_s=1.0)  # no worker is there to pass it on
+    with pytest.raises(RunCancelledError, match="was cancelled"):
+        learn(engine, tmp_path, "r", progress=progress, num_episode=6)
+    assert client.read_flow_run(progress.flow_run_id).state_type == StateType.CANCELLED
+    ended = read_json(open_store(str(tmp_path)), "r/attempts/000001.ended.json")
+    assert ended["outcome"] == "cancelled"
+    assert not (tmp_path / "r/episodes/episode=000005/trained.json").exists()
+    learn(toy_engine(eval_rows=0, slow_s=0.0), tmp_path, "r", num_episode=6)
+    assert_exactly_once(tmp_path, "r", episodes=6)
