@@ -35,7 +35,9 @@ def test_kl_estimators_by_hand() -> None:
 def test_k3_is_never_negative_and_zero_only_where_they_agree(policy: float, ref: float) -> None:
     value = kl_estimate(tensor(policy), tensor(ref), kind="k3").item()
     assert value >= 0
-    assert (value == 0) == (abs(policy - ref) < 1e-8)
+    # Near agreement it is the square of the distance, which has nine digits less to be zero in.
+    distance = abs(policy - ref)
+    assert value > 0 if distance > 1e-8 else value < 1e-15
 
 
 @given(st.lists(st.floats(-3, 3), min_size=2, max_size=6), st.integers(0, 2**31))

@@ -23,8 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rlhf_flows.store import open_store
-from rlhf_flows.store.scan import scan
+from rlhf_flows.store import open_store, scan, sweep_run
 from tests.chaos.points import POINTS, Order
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
@@ -169,6 +168,8 @@ class Campaign:
         assert_same_bits(self.store, run, reference="undisturbed")
         assert_exactly_once(self.store, run, episodes=EPISODES)
         assert evaluated_versions(self.store, run) == list(range(EPISODES + 1))
+        # What the killed left behind is found and goes; then nothing is there that should not be.
+        sweep_run(open_store(str(self.store)), run, older_than_s=0.0)
         missing = _keys(self.store, "undisturbed") ^ _keys(self.store, run)
         assert not missing, f"other objects than the undisturbed run: {sorted(missing)}"
         state = scan(open_store(str(self.store)), run)
@@ -256,8 +257,10 @@ class _Zygote:
 
     def close(self) -> None:
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         self._process.wait(timeout=30)
+        self._process.stdout.close()
 
     def _ask(self, what: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -291,7 +294,7 @@ def _keys(store: Path, run: str) -> set[str]:
     return {
         re.sub(r"-[0-9a-f]{32}", "-uuid", str(path.relative_to(root)))
         for path in root.rglob("*")
-        if path.is_file() and path.parent.name != "attempts" and ".tmp-" not in str(path)
+        if path.is_file() and path.parent.name != "attempts"
     }
 
 

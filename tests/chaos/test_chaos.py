@@ -18,7 +18,7 @@ def chaos(services: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     campaign.close()
 
 
-@pytest.mark.parametrize("seed", [11, 13, 16, 22, 28])
+@pytest.mark.parametrize("seed", [11, 22, 28])
 def test_whoever_dies_wherever_the_run_ends_as_if_nobody_had(chaos: Campaign, seed: int) -> None:
     outcome = chaos.run(seed)
     assert not outcome.failure, outcome.failure

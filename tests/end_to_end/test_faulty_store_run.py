@@ -39,6 +39,7 @@ def proxy(bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]
         yield proxy
 
 
+@pytest.mark.slow  # an outage of twenty seconds is part of it
 def test_a_run_through_faults_and_an_outage_has_the_bits_of_one_without(
     prefect_server: str, bucket: str, proxy: FaultyProxy, tmp_path: Path
 ) -> None:

@@ -93,6 +93,7 @@ def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
     assert in_flight <= 8 * len([p for p in POINTS if "rollout" in p or "evaluation" in p])
 
 
+@pytest.mark.slow  # two heads and two servers start: a minute
 def test_a_run_with_services_of_its_own_starts_cold_after_a_kill_and_leaves_no_process(
     store: Path, undisturbed: str
 ) -> None:

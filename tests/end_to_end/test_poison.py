@@ -25,7 +25,8 @@ from tests.end_to_end.whole_run import (
 )
 from tests.toys import ToyPolicy
 
-pytestmark = pytest.mark.usefixtures("services")
+# Its runs take a minute and a half together.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("services")]
 
 SMALL: dict[str, Any] = {
     "num_episode": 2,
