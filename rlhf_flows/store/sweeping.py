@@ -43,11 +43,13 @@ def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0)
 
     Returns their prefixes. Only those whose youngest file is older than `older_than_s`: nobody
     writes to them any more. There is no record of it, as there is of what retention deletes: they
-    never were part of the run.
+    never were part of the run. And folders that have such a record, of any age: whoever wrote it
+    was killed before it came to delete them, and nobody else ever would.
     """
     layout = RunLayout(run)
     before_s = time.time() - older_than_s
     committed: set[int] = set()
+    deleted: set[str] = set()
     folders: dict[tuple[int, str], list[ObjectInfo]] = {}
     for info in store.list(run):
         parts = parse_key(run, info.key)
@@ -55,6 +57,8 @@ def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0)
             continue
         if parts.kind == "trained":
             committed.add(parts.episode + 1)
+        elif parts.kind == "deleted":
+            deleted.add(f"{run}/{parts.rest}")
         elif parts.kind in ("checkpoint_file", "weights_file"):
             prefix = info.key.removesuffix(f"/{parts.rest}")
             folders.setdefault((parts.version, prefix), []).append(info)
@@ -62,6 +66,10 @@ def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0)
     commits: dict[int, bytes] = {}
     swept = []
     for (version, prefix), files in folders.items():
+        if prefix in deleted:
+            store.delete(file.key for file in files)
+            swept.append(prefix)
+            continue
         if version not in committed or max(file.modified_s for file in files) > before_s:
             continue
         if version not in commits:

@@ -83,6 +83,17 @@ def test_what_is_young_stays(store, upload):
     assert sweep_run(store, "run", older_than_s=OLD_S) == 1
 
 
+def test_what_retention_recorded_and_did_not_come_to_delete_goes(store, upload):
+    kept, doomed = upload(RUN.weights_prefix(2, "new")), upload(RUN.weights_prefix(1, "old"))
+    commit(store, 1, weights=doomed)
+    commit(store, 2, weights=kept)
+    assert commit_json(store, RUN.deleted(doomed.prefix), {"reason": "retention"}).mine
+    assert sweep_folders(store, "run") == [doomed.prefix]
+    assert not store.list(doomed.prefix)
+    assert store.list(kept.prefix)
+    assert sweep_folders(store, "run") == []
+
+
 def test_other_runs_are_left_alone(store, upload):
     upload("run-2/weights/version=000001/loser")
     commit_json(store, "run-2/episodes/episode=000000/trained.json", {})
