@@ -220,7 +220,7 @@ class Pool:
                 f"pool {self.name!r}: the process of replica {index} died while it loaded its"
                 f" model ({_last_line(e)})"
             ) from e
-        except BaseException:
+        except BaseException:  # cancelled as well: half-loaded actors are detached, and would stay
             self._kill(ranks)
             raise
         return replica

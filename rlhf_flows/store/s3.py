@@ -228,7 +228,7 @@ class S3Store:
                 sent = [pool.submit(send, n + 1) for n in range(-(-size // part_bytes))]
                 parts = [part.result() for part in sent]
             self._try("write", key, complete)
-        except BaseException:
+        except BaseException:  # interrupted as well: parts that nobody completes are paid for
             with suppress(StoreError):  # `sweep` aborts it later
                 self._abort(upload)
             raise
@@ -307,7 +307,7 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
     with ThreadPoolExecutor(count, thread_name_prefix="s3") as pool:
         try:
             yield pool
-        except BaseException:
+        except BaseException:  # an interrupt, too, must not wait for all that was queued
             pool.shutdown(wait=False, cancel_futures=True)
             raise
 

@@ -69,7 +69,7 @@ def _child(settings: dict[str, Any]) -> None:
     try:
         attempt(settings)
         code = 0
-    except BaseException:
+    except BaseException:  # SystemExit as well: nothing may unwind into the parent's loop
         traceback.print_exc()
     finally:
         sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,20 @@ def cluster(tmp_path: Path, prefect_server: str) -> Iterator[TestCluster]:
         yield cluster
 
 
+def start(store: Path, run: str, cluster: TestCluster, *, slow_s: float) -> subprocess.Popen[bytes]:
+    return start_victim(
+        store,
+        run,
+        store / f"{run}.calls",
+        die="never",
+        address=cluster.address,
+        environment=cluster.environment,
+        models=ON_A_NODE,
+        slow_s=slow_s,
+        **RUNTIME,
+    )
+
+
 def wait_for_samples(log: Path, count: int, process: Any) -> None:
     deadline = time.monotonic() + 180
     while not log.exists() or len(generated(log)) < count:
@@ -54,17 +69,7 @@ def test_a_run_whose_worker_node_dies_goes_on_where_there_is_room(
 ) -> None:
     log = store / "node.calls"
     nodes = [cluster.add_node(num_cpus=3), cluster.add_node(num_cpus=3)]
-    run = start_victim(
-        store,
-        "node",
-        log,
-        die="never",
-        address=cluster.address,
-        environment=cluster.environment,
-        models=ON_A_NODE,
-        slow_s=0.3,
-        **RUNTIME,
-    )
+    run = start(store, "node", cluster, slow_s=0.3)
     try:
         wait_for_samples(log, 16 + 24, run)  # in rollout of episode 0, after its evaluation
         (sampler,) = pids(log)
@@ -86,17 +91,7 @@ def test_the_loss_of_the_head_ends_the_attempt_by_name_and_the_next_one_starts_c
     log = store / "head.calls"
     port = cluster.address.partition(":")[2]
     cluster.add_node(num_cpus=3)
-    run = start_victim(
-        store,
-        "head",
-        log,
-        die="never",
-        address=cluster.address,
-        environment=cluster.environment,
-        models=ON_A_NODE,
-        slow_s=3.0,
-        **RUNTIME,
-    )
+    run = start(store, "head", cluster, slow_s=3.0)
     try:
         wait_for_samples(log, 16 + 24, run)
         cluster.head.kill()
