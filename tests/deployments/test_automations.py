@@ -4,82 +4,38 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
 
 from rlhf_flows.services.automations import Delays, install, installed, remove
 from tests.deployments.worker import (
-    POOL,
     attempt,
     deploy_toy,
     existing,
     history,
     in_state,
     kill_group,
-    prefect,
     process_worker,
     wait_for,
 )
 from tests.end_to_end.processes import pids
 from tests.end_to_end.whole_run import RUNTIME, assert_exactly_once
 
-# A server of its own (that of other tests runs no triggers), and delays that are the point.
+# Delays are the point.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 EPISODES = 3
 DELAYS = Delays(restart_s=15, heartbeat_s=60, crashes_per_hour=2)
 
 
-@pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClient]:
-    """Of a server with all its services, which the environment names while this module runs."""
-    home = tmp_path_factory.mktemp("server")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/api"
-    with (home / "server.log").open("wb") as log:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "server", "start", "--port", str(port)],
-            env={**os.environ, "PREFECT_HOME": str(home)},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_API_URL", url)
-        try:
-            wait_for("the server", lambda: _answers(url), timeout_s=120)
-            with (
-                temporary_settings({PREFECT_API_URL: url}),
-                get_client(sync_client=True) as client,
-            ):
-                prefect("work-pool", "create", POOL, "--type", "process")
-                install(client, DELAYS)
-                yield client
-        finally:
-            kill_group(server)
-
-
-def _answers(url: str) -> bool | None:
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5):
-            return True
-    except (urllib.error.URLError, ConnectionError, TimeoutError):
-        return None
+@pytest.fixture(autouse=True)
+def automations(client: SyncPrefectClient) -> None:
+    install(client, DELAYS)
 
 
 def start_toy(client: SyncPrefectClient, store: Path, address: str, *, slow_s: float = 0.5) -> UUID:
@@ -106,7 +62,6 @@ def test_installing_twice_leaves_three_and_removing_none(client: SyncPrefectClie
     assert names == ["rlhf-flows: give up", "rlhf-flows: heartbeat", "rlhf-flows: restart"]
     assert sorted(remove(client)) == names
     assert installed(client) == []
-    install(client, DELAYS)
 
 
 def test_a_killed_flow_process_is_followed_by_another_one_with_the_same_pools(

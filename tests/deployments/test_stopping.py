@@ -15,12 +15,11 @@ from uuid import UUID
 
 import psutil
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import State, StateType
 from prefect.states import Crashed, Suspended
 
 from tests.deployments.worker import (
-    POOL,
     attempt,
     deploy_toy,
     existing,
@@ -48,25 +47,18 @@ STOPS_WITHIN_S = 15.0
 
 
 @pytest.fixture(scope="module")
-def client(services: str) -> Iterator[SyncPrefectClient]:
-    with get_client(sync_client=True) as client:
-        yield client
-
-
-@pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("stopped")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(store: Path, services: str) -> str:
+def undisturbed(store: Path, client: SyncPrefectClient, ray_head: str) -> str:
     learn(toy_engine(eval_rows=0), store, "undisturbed", num_episode=EPISODES)
     return "undisturbed"
 
 
 @pytest.fixture(scope="module")
 def deployment(client: SyncPrefectClient, store: Path) -> Iterator[UUID]:
-    prefect("work-pool", "create", POOL, "--type", "process", "--overwrite")
     with process_worker(store / "worker.log"):
         yield deploy_toy(client)
 
@@ -123,8 +115,8 @@ class Started:
 
 
 @pytest.fixture
-def started(client: SyncPrefectClient, deployment: UUID, store: Path, services: str) -> Started:
-    return Started(client, deployment, store, services)
+def started(client: SyncPrefectClient, deployment: UUID, store: Path, ray_head: str) -> Started:
+    return Started(client, deployment, store, ray_head)
 
 
 def test_a_cancelled_run_stops_soon_releases_its_pools_and_resumes_to_the_same_bits(
