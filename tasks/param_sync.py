@@ -15,8 +15,7 @@ from typing import Any
 from prefect import task
 
 from rlhf_flows.errors import SyncError
-from rlhf_flows.pools import Pool
-from rlhf_flows.pools.pool import Replica
+from rlhf_flows.pools import Pool, Replica
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime, SyncPair
 

@@ -19,8 +19,7 @@ from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
 from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError
 from rlhf_flows.graph import Graph
-from rlhf_flows.pools import CheckpointRecord, Pool, WeightsSource
-from rlhf_flows.pools.pool import Replica
+from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
 from rlhf_flows.store import (
     KeyParts,
     ObjectStore,

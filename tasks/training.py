@@ -21,8 +21,15 @@ from prefect import task
 from rlhf_flows.data.plan import GroupRef, training_batches
 from rlhf_flows.errors import PoolError, ShardDamageError, StoreDamageError
 from rlhf_flows.graph import Node
-from rlhf_flows.pools import CheckpointRecord, Pool, Source, StoredShard, TrainCall, TrainRows
-from rlhf_flows.pools.pool import Replica
+from rlhf_flows.pools import (
+    CheckpointRecord,
+    Pool,
+    Replica,
+    Source,
+    StoredShard,
+    TrainCall,
+    TrainRows,
+)
 from rlhf_flows.store import commit_json
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE

@@ -12,9 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_flows.pools import PoolSpec, WeightsSource
+from rlhf_flows.pools import PoolSpec, Replica, WeightsSource
 from rlhf_flows.pools.digest import digest_weights
-from rlhf_flows.pools.pool import Replica
 from rlhf_flows.pools.worker import Worker
 
 __all__ = ["InProcessPool"]

@@ -4,6 +4,7 @@ A `Worker` holds one rank of one module; a `Pool` is the replicas of a module, s
 `connect` reaches the cluster. Data passes between workers and the store, never through the flow.
 """
 
+from rlhf_flows.pools.actors import Replica
 from rlhf_flows.pools.cluster import Cluster, connect, watch_head
 from rlhf_flows.pools.messages import (
     CheckpointRecord,
@@ -28,6 +29,7 @@ __all__ = [
     "NodeReport",
     "Pool",
     "PoolSpec",
+    "Replica",
     "Source",
     "StoredShard",
     "TrainCall",

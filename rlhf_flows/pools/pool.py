@@ -13,77 +13,30 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    ObjectLostError,
-    OutOfMemoryError,
-    OwnerDiedError,
-    RayActorError,
-    RayTaskError,
-)
+from ray.exceptions import ObjectLostError, OwnerDiedError
 
 from rlhf_flows.errors import (
     NoAnswerError,
     NotBegunError,
     PoolError,
     ReplicaDiedError,
-    TransientError,
     WaitTimeoutError,
 )
-from rlhf_flows.pools.messages import PoolSpec, WorkerState
-from rlhf_flows.pools.worker import Worker
+from rlhf_flows.pools.actors import DEAD, PoolActors, Replica, gather, last_line
+from rlhf_flows.pools.messages import PoolSpec
 
-__all__ = ["Pool", "Replica", "namespace_of"]
+__all__ = ["Pool"]
 
 logger = logging.getLogger(__name__)
 
-_ATTACH_TIMEOUT_S = 120.0
-_LOADS = 3
-"""Times that a replica is started before its deaths while it loads are no accident."""
 _SAY_AT_MOST_EACH_S = 60.0
 """How often a pool may say who keeps it waiting."""
-_CPU_ALLOCATOR = ":".join(
-    (
-        "glibc.malloc.hugetlb=1",
-        f"glibc.malloc.mmap_threshold={1 << 30}",
-        f"glibc.malloc.trim_threshold={1 << 30}",
-        f"glibc.malloc.top_pad={64 << 20}",
-    )
-)
-"""Memory of tensors up to 1 GiB is kept and used again, in huge pages: activations come and go by
-the hundred megabytes each step, and a tenth of a training pass went into fresh pages."""
-_DEAD = (RayActorError, ActorDiedError, ActorUnavailableError, OutOfMemoryError)
 _LOST = (ObjectLostError, OwnerDiedError)
-
-
-def namespace_of(run: str) -> str:
-    """The Ray namespace of a run's actors."""
-    return f"rlhf_flows/{run}"
-
-
-@dataclass(slots=True, kw_only=True)
-class Replica:
-    """One copy of the module: an actor for each rank."""
-
-    index: int
-    ranks: list[Any]
-    state: WorkerState
-    working_on: str = ""
-    since: float = 0.0
-    alive: bool = True
-
-    @property
-    def version(self) -> int:
-        return self.state.version
 
 
 BringTo = Callable[["Pool", Replica, int], Awaitable[None]]
@@ -108,15 +61,21 @@ class Pool:
     """Replicas that were found alive."""
     _replicas: list[Replica] = field(default_factory=list)
     _free: asyncio.Queue[Replica] = field(default_factory=asyncio.Queue)
-    _datasets: dict[str, tuple[str, Any]] = field(default_factory=dict)
     _deaths: list[str] = field(default_factory=list)
     """What each death of this phase happened on, less those that were put down to a sample."""
     _freed: int = 0
     """How often a replica came free."""
     _said: float = 0.0
     """When this pool last said who keeps it waiting."""
-    _created: list[Any] = field(default_factory=list)
-    """Actors that `open` started, until it is through."""
+    _actors: PoolActors = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._actors = PoolActors(
+            self.spec,
+            attempt=self.attempt,
+            setup_timeout_s=self.setup_timeout_s,
+            check_fence=self.check_fence,
+        )
 
     @property
     def name(self) -> str:
@@ -134,190 +93,22 @@ class Pool:
         Raises:
             PoolError: a replica does not come up; those that this call created are ended.
         """
-        opened = await asyncio.gather(
-            *(self._open_replica(i) for i in range(self.spec.num_replica)), return_exceptions=True
-        )
-        failures = [r for r in opened if isinstance(r, BaseException)]
-        if failures:
-            # Those that were found are not this call's to end: a newer attempt may own them.
-            self._kill(self._created)
-            raise failures[0]
-        self._replicas = [r for r in opened if isinstance(r, Replica)]
+        self._replicas, self.reattached = await self._actors.open()
         for replica in self._replicas:
             self._free.put_nowait(replica)
-        self._created.clear()
-        self._drop_surplus()
-
-    async def _open_replica(self, index: int) -> Replica:
-        found = await self._find(index)
-        if found is not None:
-            self.reattached += 1
-            return found
-        return await self._create(index)
-
-    async def _find(self, index: int) -> Replica | None:
-        actors = []
-        for rank in range(self.spec.ranks_per_replica):
-            try:
-                actors.append(ray.get_actor(self._actor_name(index, rank), self._namespace))
-            except ValueError:
-                if actors:  # a group with a dead rank is no group
-                    await self._end(index, actors)
-                return None
-        try:
-            waiting_for = f"replica {index} of pool {self.name!r} to finish its last call"
-            states = await self._gather(
-                [a.attach.remote(self.attempt) for a in actors], _ATTACH_TIMEOUT_S, waiting_for
-            )
-        except (TransientError, *_DEAD):
-            states = []
-        fits = states and all(s.ready and s.digest == self.spec.digest for s in states)
-        if not fits or len({s.version for s in states}) > 1:
-            logger.info("replica %d of pool %r is of another making: rebuilt", index, self.name)
-            await self._end(index, actors)
-            return None
-        return Replica(index=index, ranks=actors, state=states[0])
-
-    async def _create(self, index: int) -> Replica:
-        """Starts a replica and loads its model; anew where its process is killed meanwhile."""
-        for left in reversed(range(_LOADS)):
-            try:
-                return await self._load(index)
-            except ReplicaDiedError as e:
-                if not left:
-                    raise PoolError(
-                        f"pool {self.name!r}: the process of replica {index} died {_LOADS} times"
-                        f" while it loaded its model ({_last_line(e)}): look for memory running"
-                        " out, and into Ray's worker logs"
-                    ) from e
-                logger.warning("%s: it is started again", e)
-                await self._wait_for_names(index)
-        raise AssertionError("the last load returns or raises")
-
-    async def _load(self, index: int) -> Replica:
-        if self.check_fence is not None:
-            # A zombie must not take the names of the actors that a newer attempt brings up.
-            await asyncio.to_thread(self.check_fence)
-        ranks = [self._start_actor(index, rank) for rank in range(self.spec.ranks_per_replica)]
-        self._created += ranks
-        waiting_for = f"pool {self.name!r}, replica {index}, to load its model"
-        try:
-            rendezvous = None
-            if len(ranks) > 1:
-                rendezvous = await self._await(
-                    ranks[0].rendezvous.remote(), self.setup_timeout_s, waiting_for
-                )
-            states = await self._gather(
-                [r.setup.remote(self.attempt, rendezvous) for r in ranks],
-                self.setup_timeout_s,
-                waiting_for,
-            )
-            replica = Replica(index=index, ranks=ranks, state=states[0])
-            await self._give_datasets(replica)
-        except _DEAD as e:
-            self._kill(ranks)
-            raise ReplicaDiedError(
-                f"pool {self.name!r}: the process of replica {index} died while it loaded its"
-                f" model ({_last_line(e)})"
-            ) from e
-        except BaseException:  # cancelled as well: half-loaded actors are detached, and would stay
-            self._kill(ranks)
-            raise
-        return replica
-
-    def _start_actor(self, index: int, rank: int) -> Any:
-        spec = self.spec
-        threads = str(spec.num_threads)
-        environment = {
-            "OMP_NUM_THREADS": threads,
-            "MKL_NUM_THREADS": threads,
-            "OMP_WAIT_POLICY": "passive",
-            "TOKENIZERS_PARALLELISM": "false",
-            "TORCH_CPP_LOG_LEVEL": "ERROR",
-            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
-            "PYTHONPATH": _import_path(),
-        }
-        if not spec.num_gpu and "GLIBC_TUNABLES" not in os.environ:
-            environment["GLIBC_TUNABLES"] = _CPU_ALLOCATOR
-        actor_class = ray.remote(Worker)
-        return actor_class.options(
-            name=self._actor_name(index, rank),
-            namespace=self._namespace,
-            lifetime="detached",
-            num_cpus=spec.num_cpu,
-            num_gpus=spec.num_gpu,
-            memory=spec.memory_bytes or None,
-            max_restarts=0,
-            max_task_retries=0,
-            runtime_env={"env_vars": environment},
-        ).remote(spec, replica=index, rank=rank)
-
-    async def _end(self, index: int, actors: Sequence[Any]) -> None:
-        """Ends actors and waits until their names are free."""
-        self._kill(actors)
-        await self._wait_for_names(index)
-
-    async def _wait_for_names(self, index: int) -> None:
-        deadline = time.monotonic() + 30
-        while time.monotonic() < deadline:
-            names = {self._actor_name(index, r) for r in range(self.spec.ranks_per_replica)}
-            if not names & _living(self._namespace):
-                return
-            await asyncio.sleep(0.05)
-        raise WaitTimeoutError(
-            f"pool {self.name!r}: the actors of replica {index} did not end within 30 s"
-        )
-
-    def _drop_surplus(self) -> None:
-        """Ends replicas of an earlier attempt that had more of them."""
-        mine = {
-            self._actor_name(i, r)
-            for i in range(self.spec.num_replica)
-            for r in range(self.spec.ranks_per_replica)
-        }
-        for name in _living(self._namespace) - mine:
-            if name.startswith(f"{self.name}/"):
-                with contextlib.suppress(ValueError):
-                    self._kill([ray.get_actor(name, self._namespace)])
 
     def release(self) -> None:
         """Ends every actor of the pool, and frees what they held."""
-        for name in _living(self._namespace):
-            if name.startswith(f"{self.name}/"):
-                with contextlib.suppress(ValueError):
-                    self._kill([ray.get_actor(name, self._namespace)])
+        self._actors.release()
         self._replicas = []
 
-    @staticmethod
-    def _kill(actors: Sequence[Any]) -> None:
-        for actor in actors:
-            ray.kill(actor, no_restart=True)
-
-    @property
-    def _namespace(self) -> str:
-        return namespace_of(self.spec.run)
-
-    def _actor_name(self, index: int, rank: int) -> str:
-        return f"{self.name}/{index}/{rank}"
-
-    # ---- datasets -------------------------------------------------------------------------
-
-    async def set_dataset(self, kind: str, digest: str, rows: Any) -> None:
+    async def set_dataset(self, kind: str, digest: str, rows: Sequence[Any]) -> None:
         """Every replica builds the dataset of `rows`, unless it has it."""
-        self._datasets[kind] = (digest, ray.put(list(rows)))
-        await asyncio.gather(*(self._give_datasets(r) for r in self._replicas))
+        await self._actors.set_dataset(kind, digest, rows, self._replicas)
 
-    async def _give_datasets(self, replica: Replica) -> None:
-        for kind, (digest, rows) in self._datasets.items():
-            if (kind, digest) not in replica.state.datasets:
-                await self._gather(
-                    [
-                        rank.load_dataset.remote(self.attempt, kind, digest, rows)
-                        for rank in replica.ranks
-                    ],
-                    self.setup_timeout_s,
-                    f"pool {self.name!r} to build the {kind} dataset",
-                )
+    async def rebuild(self, replica: Replica) -> None:
+        """A new process in place of the replica's: a module as its `setup` leaves it."""
+        await self._actors.rebuild(replica)
 
     # ---- calls ----------------------------------------------------------------------------
 
@@ -429,7 +220,7 @@ class Pool:
         where = f"process {replica.state.pid} on {replica.state.host}"
         return (
             f"replica {replica.index} works on {replica.working_on} since {seconds:.0f} s"
-            f" (actor {self._actor_name(replica.index, 0)},"
+            f" (actor {self._actors.name_of(replica.index, 0)},"
             f" {where if replica.alive else 'being replaced'})"
         )
 
@@ -476,19 +267,19 @@ class Pool:
                 for rank in replica.ranks
             ]
             last = [a[-1] if num_returns > 1 else a for a in answers]
-            results = await self._gather(last, timeout_s, waiting_for)
+            results = await gather(last, timeout_s, waiting_for)
         except NoAnswerError:
             # What it does is unknown; only a new process is known to be idle.
-            self._kill(replica.ranks)
+            self._actors.kill(replica)
             self._count_death(replica, what, suspect=suspect)
             raise
-        except _DEAD as e:
+        except DEAD as e:
             self._count_death(replica, what, suspect=suspect)
             raise ReplicaDiedError(
-                f"replica {replica.index} of pool {self.name!r} died during {what}: {_last_line(e)}"
+                f"replica {replica.index} of pool {self.name!r} died during {what}: {last_line(e)}"
             ) from e
         except _LOST as e:
-            raise NotBegunError(f"an input of {what} was lost: {_last_line(e)}") from e
+            raise NotBegunError(f"an input of {what} was lost: {last_line(e)}") from e
         return [*answers[0][:-1], results[0]] if num_returns > 1 else results[0]
 
     def _count_death(self, replica: Replica, what: str, *, suspect: bool) -> None:
@@ -508,64 +299,14 @@ class Pool:
                 f" worker logs of Ray for the cause; the last was during {self._deaths[-1]}"
             )
         logger.warning("replica %d of pool %r is replaced", dead.index, self.name)
-        if self.check_fence is not None:
-            await asyncio.to_thread(self.check_fence)
         await self.rebuild(dead)
 
     def begin_phase(self) -> None:
         """Deaths are counted per phase."""
         self._deaths.clear()
 
-    async def rebuild(self, replica: Replica) -> None:
-        """A new process in place of the replica's: a module as its `setup` leaves it."""
-        await self._end(replica.index, replica.ranks)
-        fresh = await self._create(replica.index)
-        replica.ranks, replica.state, replica.alive = fresh.ranks, fresh.state, True
-
     async def heartbeat(self) -> None:
         """Keeps the lease of idle replicas; a busy one keeps its own."""
         for replica in self._replicas:
             if not replica.working_on:
                 self.tell(replica, "heartbeat")
-
-    # ---- waiting --------------------------------------------------------------------------
-
-    async def _await(self, ref: Any, timeout_s: float, waiting_for: str) -> Any:
-        (result,) = await self._gather([ref], timeout_s, waiting_for)
-        return result
-
-    @staticmethod
-    async def _gather(refs: Sequence[Any], timeout_s: float, waiting_for: str) -> list[Any]:
-        """All results; the first failure at once, unwrapped from what Ray makes of it."""
-        try:
-            async with asyncio.timeout(timeout_s):
-                return list(await asyncio.gather(*refs))
-        except RayTaskError as e:  # before TimeoutError, which it also is where a task raised one
-            cause = e.cause
-            if isinstance(cause, Exception) and not isinstance(cause, RayTaskError):
-                raise cause from e
-            raise
-        except TimeoutError as e:
-            raise NoAnswerError(f"waited {timeout_s:g} s for {waiting_for}") from e
-
-
-def _living(namespace: str) -> set[str]:
-    return {
-        actor["name"]
-        for actor in ray.util.list_named_actors(all_namespaces=True)
-        if actor["namespace"] == namespace
-    }
-
-
-def _import_path() -> str:
-    """Where this process imports from beside its installation: the user's own code."""
-    site = tuple(p for p in (sys.prefix, sys.base_prefix) if p)
-    own = [os.path.abspath(p) for p in sys.path if p and not os.path.abspath(p).startswith(site)]
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    return os.pathsep.join(dict.fromkeys(p for p in (*own, *inherited) if p))
-
-
-def _last_line(error: BaseException) -> str:
-    """The last line of a message, without what Ray says of deaths in general."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import ray
 
 from rlhf_flows.config import ClusterConfig
+from rlhf_flows.pools.actors import namespace_of
 from rlhf_flows.pools.cluster import connect
-from rlhf_flows.pools.pool import namespace_of
 
 __all__ = ["LivingActor", "living_actors", "release_actors"]
 

@@ -7,79 +7,46 @@ can be tested without Ray; `Pool` makes actors of it.
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import hashlib
 import inspect
-import json
 import logging
 import os
-import random
 import socket
-import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
-from uuid import uuid4
 
 import cloudpickle
-import numpy as np
 import torch
 
-from rlhf_flows.data import (
-    Batch,
-    align,
-    batch_size,
-    collate,
-    concat,
-    keep_samples,
-    select,
-    to_arrow,
-)
-from rlhf_flows.errors import (
-    DataError,
-    FencedError,
-    NonFiniteError,
-    PoolError,
-    RlhfFlowsError,
-    ShardError,
-    SyncError,
-    UserError,
-)
+from rlhf_flows.data import Batch, align, batch_size, concat, keep_samples, select, to_arrow
+from rlhf_flows.errors import FencedError, PoolError, SyncError
 from rlhf_flows.modules.base import BaseModule
-from rlhf_flows.pools.digest import digest_weights, dtype_name
+from rlhf_flows.pools.datasets import Datasets
+from rlhf_flows.pools.digest import digest_weights
+from rlhf_flows.pools.episode_training import EpisodeTraining
 from rlhf_flows.pools.messages import (
     SOURCE,
     CheckpointRecord,
     ForwardCall,
     NodeReport,
     PoolSpec,
-    Probe,
-    Source,
     TrainCall,
-    TrainRows,
     WeightsSource,
     WorkerState,
 )
+from rlhf_flows.pools.module_folders import ModuleFolders
 from rlhf_flows.pools.shards import ShardStore, merge, metrics_of, previews_of
 from rlhf_flows.pools.transport import ObjectStoreTransport
-from rlhf_flows.store import (
-    FolderRecord,
-    RunLayout,
-    check_fence,
-    fetch_folder,
-    open_store,
-    upload_folder,
-)
+from rlhf_flows.pools.user_code import checked_output, naming, naming_columns, seed_everything
+from rlhf_flows.store import RunLayout, check_fence, open_store
 
 __all__ = ["Worker"]
 
 logger = logging.getLogger(__name__)
 
-_PROBE_SEQUENCES, _PROBE_TOKENS = 4, 12
 _PLAN_COLUMNS = ("sample_id", "group", "sibling", "prompt_row", "seed", "policy_version")
 
 
@@ -90,15 +57,14 @@ class Worker:
         logging.basicConfig(level=spec.log_level)
         self._spec = spec
         self._replica, self._rank = replica, rank
-        self._layout = RunLayout(spec.run)
         self._store = open_store(spec.store_url, retry_budget_s=spec.store_retry_budget_s)
         self._shards = ShardStore(self._store)
         self._attempt = 0
         self._version = 0
         self._clean = True
         self._ready = False
-        self._datasets: dict[str, tuple[str, Any]] = {}
-        self._episode: _EpisodeTraining | None = None
+        self._datasets = Datasets()
+        self._episode: EpisodeTraining | None = None
         self._sent: WeightsSource | None = None
         self._digest: str | None = None
         """Of the weights, where it was made since they last changed."""
@@ -106,6 +72,9 @@ class Worker:
         self._last_call = time.monotonic()
         self._busy = False
         self._module: BaseModule = cloudpickle.loads(spec.module)
+        self._folders = ModuleFolders(
+            self._store, RunLayout(spec.run), self._module, uploads=rank == 0
+        )
         threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
     # ---- life -----------------------------------------------------------------------------
@@ -151,8 +120,6 @@ class Worker:
         return self.state()
 
     def _placed(self, context: Any) -> Any:
-        from dataclasses import replace
-
         device = "cuda" if self._spec.num_gpu and torch.cuda.is_available() else "cpu"
         return replace(
             context,
@@ -195,7 +162,7 @@ class Worker:
             ready=self._ready,
             version=self._version,
             clean=self._clean,
-            datasets=tuple((kind, digest) for kind, (digest, _) in self._datasets.items()),
+            datasets=self._datasets.digests(),
         )
 
     def heartbeat(self, attempt: int) -> None:
@@ -205,7 +172,7 @@ class Worker:
         """Builds the dataset of the flow that starts with this module; returns its length."""
         self._enter(attempt)
         dataset = self._module.build_dataset(rows, is_eval=kind == "eval")
-        self._datasets[kind] = (digest, dataset)
+        self._datasets.set(kind, digest, dataset)
         return len(dataset)
 
     # ---- forward --------------------------------------------------------------------------
@@ -230,7 +197,7 @@ class Worker:
                 f"{self._module.name!r} holds policy version {self._version}, shard"
                 f" {call.shard} of episode {call.episode} asks for version {call.version}"
             )
-        source = None if call.source is None else self._source(call.source)
+        source = None if call.source is None else self._datasets.rows(call.source)
         inputs = [source if i == SOURCE else batches[i] for i in call.inputs]
         data = merge([b for b in inputs if b is not None])
         rows = batch_size(data)
@@ -248,7 +215,7 @@ class Worker:
         )
         if self._rank:
             return None, None, report  # rank 0 speaks for the replica
-        with _naming_columns(call, self._module.name):
+        with naming_columns(call, self._module.name):
             if call.commit is not None:
                 stored = [batches[i] for i in call.merged]
                 base = None if call.base is None else batches[call.base]
@@ -259,24 +226,10 @@ class Worker:
                 table = to_arrow(result)
             kept = to_arrow(source) if call.keep_source and source is not None else None
         seconds = time.perf_counter() - started
-        report = _replace(
+        report = replace(
             report, seconds=seconds, metrics=metrics_of(result), previews=previews_of(result)
         )
         return table, kept, report
-
-    def _source(self, source: Source) -> Batch:
-        """Dataset rows as the plan orders them; an item is fetched once for all its siblings."""
-        _, dataset = self._datasets[source.dataset]
-        rows = source.columns["prompt_row"]
-        items = {row: dataset[row] for row in dict.fromkeys(rows)}
-        samples = [items[row] for row in rows]
-        collate_fn = getattr(dataset, "collate_fn", None)
-        batch = collate(samples) if collate_fn is None else dict(collate_fn(samples))
-        plan = {
-            name: list(values) if name == "sample_id" else torch.tensor(values, dtype=torch.int64)
-            for name, values in source.columns.items()
-        }
-        return merge([batch, plan])
 
     def _call_user(self, call: ForwardCall, data: Batch, rows: int) -> Batch:
         method: Callable[..., Any] = getattr(self._module, call.method)
@@ -287,11 +240,9 @@ class Worker:
         outputs = []
         for start in range(0, rows, max(size, 1)):
             part = data if size >= rows else select(data, range(start, min(start + size, rows)))
-            with _naming(
-                self._module.name, call.method, call.phase, call.episode, call.shard, part
-            ):
-                output = method(part, **options)
-                outputs.append(_checked(output, part))
+            where = (self._module.name, call.method, call.phase, call.episode, call.shard)
+            with naming(*where, part):
+                outputs.append(checked_output(method(part, **options), part))
         return outputs[0] if len(outputs) == 1 else concat(outputs)
 
     # ---- training -------------------------------------------------------------------------
@@ -317,45 +268,19 @@ class Worker:
                     f" {'at' if self._clean else 'in the middle of leaving'} version"
                     f" {self._version}: it must be restored first"
                 )
-            self._episode = _EpisodeTraining(call.episode)
             self._seed(f"training/{call.episode}")
-            with _naming(self._module.name, "before_episode", "training", call.episode, 0, None):
-                self._module.before_episode(call.episode)
-        episode = self._episode
-        if episode is None or episode.number != call.episode or episode.done != call.index:
+            self._episode = EpisodeTraining(self._module, call)
+        if self._episode is None or not self._episode.expects(call):
             raise PoolError(
                 f"{self._module.name!r} was asked for step {call.index} of episode {call.episode},"
                 f" but it is elsewhere: training of the episode starts again"
             )
         self._clean = False
         self._sent = self._digest = None
-        episode.shards |= shards
-        where = (self._module.name, call.method, "training", call.episode, call.index)
-        if call.episode_rows is not None:
-            with _naming(*where, None):
-                self._prepare_episode(episode, call.episode_rows)
-        batch: Batch = {}
-        metrics: Mapping[str, float] = {}
-        if call.rows:
-            if episode.prepared is not None:
-                batch = episode.prepared[call.index]
-            else:
-                with _naming(*where, None):
-                    batch = self._module.prepare_batch(episode.rows(call.rows))
-            with _naming(*where, batch):
-                micro_batches = self._module.micro_batches(batch)
-                metrics = getattr(self._module, call.method)(micro_batches, call.iteration) or {}
-        episode.done += 1
-        if episode.done == call.num_updates:
-            with _naming(
-                self._module.name, "after_episode", "training", call.episode, call.index, None
-            ):
-                self._module.after_episode(call.episode)
+        metrics = self._episode.step(call, shards)
+        if self._episode.is_over:
             self._episode = None
-        found = {name: float(value) for name, value in metrics.items()}
-        samples = {name: mean for name, (mean, _) in metrics_of(batch).items()}
-        seconds = time.perf_counter() - started
-        return {**samples, **found, "seconds": seconds, "rows": float(batch_size(batch))}
+        return {**metrics, "seconds": time.perf_counter() - started}
 
     def _shards_of(self, call: TrainCall, tables: Sequence[Any]) -> dict[int, Batch]:
         """The shards that come with a call, each merged from its tables."""
@@ -365,17 +290,8 @@ class Worker:
             merged = merge(align([self._shards.load(next(given)) for _ in range(count)]))
             shards[shard] = keep_samples(merged, but=call.left_out)
         for shard, source in call.sources:
-            shards[shard] = self._source(source)
+            shards[shard] = self._datasets.rows(source)
         return shards
-
-    def _prepare_episode(
-        self, episode: _EpisodeTraining, batches: Sequence[tuple[TrainRows, ...]]
-    ) -> None:
-        """Prepares the batches of the episode that have rows, and shows them to the module."""
-        with_rows = [index for index, rows in enumerate(batches) if rows]
-        prepared = [self._module.prepare_batch(episode.rows(batches[i])) for i in with_rows]
-        shown = self._module.before_updates(prepared) if prepared else []
-        episode.prepared = dict(zip(with_rows, shown, strict=True))
 
     # ---- weights and checkpoints ----------------------------------------------------------
 
@@ -387,45 +303,11 @@ class Worker:
         self._enter(attempt)
         self._busy = True
         try:
-            return self._checkpoint(version, with_state=with_state)
+            record = self._folders.save(version, with_state=with_state)
+            self._digest = record.digest
+            return record
         finally:
             self._leave()
-
-    def _checkpoint(self, version: int, *, with_state: bool) -> CheckpointRecord:
-        started = time.perf_counter()
-        name = self._module.name
-        # Nothing changes the weights meanwhile: hashing and uploading go on beside the rest.
-        with (
-            self._store.working_folder() as folder,
-            ThreadPoolExecutor(2, "checkpoint") as beside,
-        ):
-            digest = beside.submit(digest_weights, self._module.named_weights())
-            (folder / "weights").mkdir()
-            self._module.save_pretrained(folder / "weights")
-            prefix = self._layout.weights_prefix(version, f"{name}-{uuid4().hex}")
-            weights = beside.submit(self._upload, prefix, folder / "weights")
-            state = None
-            if with_state:
-                (folder / "state").mkdir()
-                self._module.save_state(folder / "state")
-                about = {"module": name, "version": version, "digest": digest.result()}
-                (folder / "state" / "module.json").write_text(json.dumps(about))
-                prefix = self._layout.checkpoint_prefix(version, f"{name}-{uuid4().hex}")
-                state = beside.submit(self._upload, prefix, folder / "state")
-            probe = self._take_probe()
-            record = CheckpointRecord(
-                module=name,
-                digest=digest.result(),
-                weights=weights.result(),
-                state=None if state is None else state.result(),
-                probe=probe,
-                seconds=time.perf_counter() - started,
-            )
-        self._digest = record.digest
-        return record
-
-    def _upload(self, prefix: str, folder: Path) -> FolderRecord | None:
-        return upload_folder(self._store, prefix, folder) if self._rank == 0 else None
 
     def committed(self, attempt: int, version: int) -> None:
         """The commit that makes the last training real is there."""
@@ -439,14 +321,7 @@ class Worker:
         try:
             self._clean = False
             self._episode = self._sent = self._digest = None
-            with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as temporary:
-                folder = Path(temporary)
-                assert record.weights is not None
-                fetch_folder(self._store, record.weights, folder / "weights")
-                self._module.load_weights(_read_safetensors(folder / "weights"))
-                if record.state is not None:
-                    fetch_folder(self._store, record.state, folder / "state")
-                    self._module.load_state(folder / "state")
+            self._folders.load(record)
             self._version, self._clean = version, True
         finally:
             self._leave()
@@ -493,20 +368,6 @@ class Worker:
         self._enter(attempt)
         return self._module.probe_logprobs(sequences)
 
-    def _take_probe(self) -> Probe | None:
-        """What this model says to token sequences that are the same for every version."""
-        size = self._module.vocabulary_size()
-        if not size:
-            return None
-        draws = random.Random(0)
-        sequences = tuple(
-            tuple(draws.randrange(size) for _ in range(_PROBE_TOKENS))
-            for _ in range(_PROBE_SEQUENCES)
-        )
-        _, first = next(iter(self._module.named_weights()))
-        logprobs = tuple(tuple(row) for row in self._module.probe_logprobs(sequences))
-        return Probe(sequences=sequences, logprobs=logprobs, dtype=dtype_name(first.dtype))
-
     def weights_digest(self, attempt: int) -> str:
         self._enter(attempt)
         self._digest = self._digest or digest_weights(self._module.named_weights())
@@ -519,103 +380,4 @@ class Worker:
         self._last_call = time.monotonic()
 
     def _seed(self, where: str) -> None:
-        """Everything random that user code may use starts from the run, the module and `where`."""
-        text = f"{self._spec.context.seed}/{self._module.name}/{self._rank}/{where}"
-        seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
-        random.seed(seed)
-        np.random.seed(seed)
-        if torch.cuda.is_available():
-            torch.manual_seed(seed)
-        else:  # the same for the CPU, without asking every other kind of device: 1 ms less a call
-            torch.default_generator.manual_seed(seed)
-
-
-class _EpisodeTraining:
-    """What a trainer keeps while it trains on one episode."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        self.done = 0
-        self.shards: dict[int, Batch] = {}
-        self.prepared: dict[int, Batch] | None = None
-        """By index of the optimizer step, where the module wants the episode."""
-
-    def rows(self, parts: Sequence[TrainRows]) -> Batch:
-        """The rows in the order of `parts`: one pass over each shard, however many parts it has."""
-        wanted: dict[int, list[tuple[int, int]]] = {}
-        position = 0
-        for part in parts:
-            for row in part.rows:
-                wanted.setdefault(part.shard, []).append((position, row))
-                position += 1
-        batch = concat([select(self.shards[i], [row for _, row in w]) for i, w in wanted.items()])
-        if len(wanted) == 1:
-            return batch
-        came = [position for some in wanted.values() for position, _ in some]
-        return select(batch, sorted(range(len(came)), key=came.__getitem__))
-
-
-class _naming:
-    """Names module, method, shard and samples in what user code raises."""
-
-    def __init__(
-        self, module: str, method: str, phase: str, episode: int, index: int, batch: Batch | None
-    ) -> None:
-        unit = f"step {index + 1}" if phase == "training" else f"shard {index}"
-        self._where = f"{module}.{method} failed on {phase} of episode {episode}, {unit}"
-        ids = [] if batch is None else list(batch.get("sample_id", []))
-        self._samples = f" (samples {ids[0]} to {ids[-1]})" if ids else ""
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, UserError | NonFiniteError) and not isinstance(error, ShardError):
-            raise type(error)(f"{self._where}{self._samples}: {error}") from error
-        if isinstance(error, RlhfFlowsError) or not isinstance(error, Exception):
-            return
-        cause = f"{type(error).__name__}: {error}"
-        raise ShardError(f"{self._where}{self._samples}: {cause}") from error
-
-
-@contextlib.contextmanager
-def _naming_columns(call: ForwardCall, module: str) -> Iterator[None]:
-    """Names the call whose columns cannot be kept."""
-    try:
-        yield
-    except DataError as e:
-        raise DataError(
-            f"{module}.{call.method} failed on {call.phase} of episode {call.episode}, shard"
-            f" {call.shard}: {e}"
-        ) from e
-
-
-def _checked(output: Any, data: Batch) -> Batch:
-    if output is None:
-        return {}
-    if not isinstance(output, dict):
-        raise DataError(
-            f"it returned a {type(output).__name__}, expected a dict of columns (or None)"
-        )
-    rows = batch_size(data)
-    if output and batch_size(output) != rows:
-        raise DataError(
-            f"it returned {batch_size(output)} rows for {rows}: return one row for each sample, in"
-            " the same order"
-        )
-    return output
-
-
-def _read_safetensors(folder: Path) -> Any:
-    from safetensors import safe_open
-
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                yield name, file.get_tensor(name)
-
-
-def _replace(report: NodeReport, **changes: Any) -> NodeReport:
-    from dataclasses import replace
-
-    return replace(report, **changes)
+        seed_everything(self._spec.context.seed, self._module.name, self._rank, where)

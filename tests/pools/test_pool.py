@@ -29,9 +29,9 @@ from rlhf_flows.errors import (
 )
 from rlhf_flows.modules import BaseModule, TorchModule
 from rlhf_flows.pools import Pool
-from rlhf_flows.pools.pool import namespace_of
+from rlhf_flows.pools.actors import namespace_of
 from rlhf_flows.pools.transport import ObjectStoreTransport
-from rlhf_flows.store import open_store, take_attempt
+from rlhf_flows.store import check_fence, open_store, take_attempt
 from tests.pools.specs import ROWS, rollout_call, spec_of, train_call
 from tests.toys import ToyPolicy
 
@@ -58,12 +58,20 @@ async def make_pool(tmp_path: Path) -> AsyncIterator[MakePool]:
     pools: list[Pool] = []
     run = f"run-{uuid4().hex[:8]}"
 
-    def make(module: BaseModule, *, attempt: int = 1, max_restarts: int = 3, **spec: Any) -> Pool:
+    def make(
+        module: BaseModule,
+        *,
+        attempt: int = 1,
+        max_restarts: int = 3,
+        check_fence: Callable[[], None] | None = None,
+        **spec: Any,
+    ) -> Pool:
         pool = Pool(
             spec=spec_of(module, tmp_path, **{"run": run, **spec}),
             attempt=attempt,
             setup_timeout_s=60.0,
             max_restarts=max_restarts,
+            check_fence=check_fence,
         )
         pools.append(pool)
         return pool
@@ -133,13 +141,10 @@ async def test_a_second_pool_object_finds_the_same_processes(make_pool: MakePool
 async def test_a_zombie_starts_no_process_where_a_newer_attempt_rules(
     make_pool: MakePool, tmp_path: Path
 ) -> None:
-    from rlhf_flows.store import check_fence
-
-    pool = make_pool(Plain("plain"))
     store = open_store(tmp_path)
+    pool = make_pool(Plain("plain"), check_fence=lambda: check_fence(store, pool.spec.run, 1))
     for _ in range(2):
         take_attempt(store, pool.spec.run, flow_run_id=None, changed={})
-    pool.check_fence = lambda: check_fence(store, pool.spec.run, 1)
     with pytest.raises(FencedError, match="replaced by attempt 2"):
         await pool.open()
     assert actors_of(pool) == []

@@ -1,0 +1,333 @@
+"""The actors of a pool in Ray: found again or started, loaded, ended, by names that say whose."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+)
+
+from rlhf_flows.errors import (
+    NoAnswerError,
+    PoolError,
+    ReplicaDiedError,
+    TransientError,
+    WaitTimeoutError,
+)
+from rlhf_flows.pools.messages import PoolSpec, WorkerState
+from rlhf_flows.pools.worker import Worker
+
+__all__ = ["DEAD", "PoolActors", "Replica", "gather", "last_line", "namespace_of"]
+
+logger = logging.getLogger(__name__)
+
+_ATTACH_TIMEOUT_S = 120.0
+_END_TIMEOUT_S = 30.0
+_LOADS = 3
+"""Times that a replica is started before its deaths while it loads are no accident."""
+_CPU_ALLOCATOR = ":".join(
+    (
+        "glibc.malloc.hugetlb=1",
+        f"glibc.malloc.mmap_threshold={1 << 30}",
+        f"glibc.malloc.trim_threshold={1 << 30}",
+        f"glibc.malloc.top_pad={64 << 20}",
+    )
+)
+"""Memory of tensors up to 1 GiB is kept and used again, in huge pages: activations come and go by
+the hundred megabytes each step, and a tenth of a training pass went into fresh pages."""
+DEAD = (RayActorError, ActorDiedError, ActorUnavailableError, OutOfMemoryError)
+"""What Ray raises where the process of an actor is gone."""
+
+
+def namespace_of(run: str) -> str:
+    """The Ray namespace of a run's actors."""
+    return f"rlhf_flows/{run}"
+
+
+@dataclass(slots=True, kw_only=True)
+class Replica:
+    """One copy of the module: an actor for each rank."""
+
+    index: int
+    ranks: list[Any]
+    state: WorkerState
+    working_on: str = ""
+    since: float = 0.0
+    alive: bool = True
+
+    @property
+    def version(self) -> int:
+        return self.state.version
+
+
+class PoolActors:
+    """The actors of the replicas of one module."""
+
+    def __init__(
+        self,
+        spec: PoolSpec,
+        *,
+        attempt: int,
+        setup_timeout_s: float,
+        check_fence: Callable[[], None] | None,
+    ) -> None:
+        """
+        Args:
+            check_fence: Raises where a newer attempt took over; asked before an actor is started.
+        """
+        self._spec, self._attempt = spec, attempt
+        self._setup_timeout_s = setup_timeout_s
+        self._check_fence = check_fence
+        self._pool = f"pool {spec.module_name!r}"
+        self._namespace = namespace_of(spec.run)
+        self._datasets: dict[str, tuple[str, Any]] = {}
+        self._created: list[Any] = []
+
+    # ---- found or started -----------------------------------------------------------------
+
+    async def open(self) -> tuple[list[Replica], int]:
+        """All replicas, ready, and how many of them lived already.
+
+        Raises:
+            PoolError: a replica does not come up; those that this call created are ended.
+        """
+        opened = await asyncio.gather(
+            *(self._open(i) for i in range(self._spec.num_replica)), return_exceptions=True
+        )
+        failures = [r for r in opened if isinstance(r, BaseException)]
+        if failures:
+            # Those that were found are not this call's to end: a newer attempt may own them.
+            _kill(self._created)
+            raise failures[0]
+        found = [r for r in opened if not isinstance(r, BaseException)]
+        self._created.clear()
+        self._drop_surplus()
+        return [replica for replica, _ in found], sum(lived for _, lived in found)
+
+    async def _open(self, index: int) -> tuple[Replica, bool]:
+        found = await self._find(index)
+        return (await self._create(index), False) if found is None else (found, True)
+
+    async def _find(self, index: int) -> Replica | None:
+        actors = []
+        for rank in range(self._spec.ranks_per_replica):
+            try:
+                actors.append(ray.get_actor(self.name_of(index, rank), self._namespace))
+            except ValueError:
+                if actors:  # a group with a dead rank is no group
+                    await self._end(index, actors)
+                return None
+        try:
+            waiting_for = f"replica {index} of {self._pool} to finish its last call"
+            states = await gather(
+                [a.attach.remote(self._attempt) for a in actors], _ATTACH_TIMEOUT_S, waiting_for
+            )
+        except (TransientError, *DEAD):
+            states = []
+        fits = states and all(s.ready and s.digest == self._spec.digest for s in states)
+        if not fits or len({s.version for s in states}) > 1:
+            logger.info("replica %d of %s is of another making: rebuilt", index, self._pool)
+            await self._end(index, actors)
+            return None
+        return Replica(index=index, ranks=actors, state=states[0])
+
+    async def rebuild(self, replica: Replica) -> None:
+        """A new process in place of the replica's: a module as its `setup` leaves it."""
+        if self._check_fence is not None:
+            await asyncio.to_thread(self._check_fence)
+        await self._end(replica.index, replica.ranks)
+        fresh = await self._create(replica.index)
+        replica.ranks, replica.state, replica.alive = fresh.ranks, fresh.state, True
+
+    async def _create(self, index: int) -> Replica:
+        """Starts a replica and loads its model; anew where its process is killed meanwhile."""
+        for left in reversed(range(_LOADS)):
+            try:
+                return await self._load(index)
+            except ReplicaDiedError as e:
+                if not left:
+                    raise PoolError(
+                        f"{self._pool}: the process of replica {index} died {_LOADS} times"
+                        f" while it loaded its model ({last_line(e)}): look for memory running"
+                        " out, and into Ray's worker logs"
+                    ) from e
+                logger.warning("%s: it is started again", e)
+                await self._wait_for_names(index)
+        raise AssertionError("the last load returns or raises")
+
+    async def _load(self, index: int) -> Replica:
+        if self._check_fence is not None:
+            # A zombie must not take the names of the actors that a newer attempt brings up.
+            await asyncio.to_thread(self._check_fence)
+        ranks = [self._start_actor(index, rank) for rank in range(self._spec.ranks_per_replica)]
+        self._created += ranks
+        waiting_for = f"{self._pool}, replica {index}, to load its model"
+        try:
+            rendezvous = None
+            if len(ranks) > 1:
+                (rendezvous,) = await gather(
+                    [ranks[0].rendezvous.remote()], self._setup_timeout_s, waiting_for
+                )
+            states = await gather(
+                [r.setup.remote(self._attempt, rendezvous) for r in ranks],
+                self._setup_timeout_s,
+                waiting_for,
+            )
+            replica = Replica(index=index, ranks=ranks, state=states[0])
+            await self._give_datasets(replica)
+        except DEAD as e:
+            _kill(ranks)
+            raise ReplicaDiedError(
+                f"{self._pool}: the process of replica {index} died while it loaded its"
+                f" model ({last_line(e)})"
+            ) from e
+        except BaseException:  # cancelled as well: half-loaded actors are detached, and would stay
+            _kill(ranks)
+            raise
+        return replica
+
+    def _start_actor(self, index: int, rank: int) -> Any:
+        spec = self._spec
+        threads = str(spec.num_threads)
+        environment = {
+            "OMP_NUM_THREADS": threads,
+            "MKL_NUM_THREADS": threads,
+            "OMP_WAIT_POLICY": "passive",
+            "TOKENIZERS_PARALLELISM": "false",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "HF_HUB_OFFLINE": os.environ.get("HF_HUB_OFFLINE", "1"),
+            "PYTHONPATH": _import_path(),
+        }
+        if not spec.num_gpu and "GLIBC_TUNABLES" not in os.environ:
+            environment["GLIBC_TUNABLES"] = _CPU_ALLOCATOR
+        actor_class = ray.remote(Worker)
+        return actor_class.options(
+            name=self.name_of(index, rank),
+            namespace=self._namespace,
+            lifetime="detached",
+            num_cpus=spec.num_cpu,
+            num_gpus=spec.num_gpu,
+            memory=spec.memory_bytes or None,
+            max_restarts=0,
+            max_task_retries=0,
+            runtime_env={"env_vars": environment},
+        ).remote(spec, replica=index, rank=rank)
+
+    async def _end(self, index: int, actors: Sequence[Any]) -> None:
+        """Ends actors and waits until their names are free."""
+        _kill(actors)
+        await self._wait_for_names(index)
+
+    async def _wait_for_names(self, index: int) -> None:
+        deadline = time.monotonic() + _END_TIMEOUT_S
+        while time.monotonic() < deadline:
+            names = {self.name_of(index, r) for r in range(self._spec.ranks_per_replica)}
+            if not names & _living(self._namespace):
+                return
+            await asyncio.sleep(0.05)
+        raise WaitTimeoutError(
+            f"{self._pool}: the actors of replica {index} did not end within {_END_TIMEOUT_S:g} s"
+        )
+
+    def _drop_surplus(self) -> None:
+        """Ends replicas of an earlier attempt that had more of them."""
+        mine = {
+            self.name_of(i, r)
+            for i in range(self._spec.num_replica)
+            for r in range(self._spec.ranks_per_replica)
+        }
+        self._end_named(_living(self._namespace) - mine)
+
+    def release(self) -> None:
+        """Ends every actor of the pool, and frees what they held."""
+        self._end_named(_living(self._namespace))
+
+    def _end_named(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name.startswith(f"{self._spec.module_name}/"):
+                with contextlib.suppress(ValueError):
+                    _kill([ray.get_actor(name, self._namespace)])
+
+    @staticmethod
+    def kill(replica: Replica) -> None:
+        """Ends its processes; nothing waits for it."""
+        _kill(replica.ranks)
+
+    def name_of(self, index: int, rank: int) -> str:
+        return f"{self._spec.module_name}/{index}/{rank}"
+
+    # ---- datasets -------------------------------------------------------------------------
+
+    async def set_dataset(
+        self, kind: str, digest: str, rows: Sequence[Any], replicas: Sequence[Replica]
+    ) -> None:
+        """These replicas build the dataset of `rows` unless they have it, and all later ones."""
+        self._datasets[kind] = (digest, ray.put(list(rows)))
+        await asyncio.gather(*(self._give_datasets(r) for r in replicas))
+
+    async def _give_datasets(self, replica: Replica) -> None:
+        for kind, (digest, rows) in self._datasets.items():
+            if (kind, digest) not in replica.state.datasets:
+                await gather(
+                    [
+                        rank.load_dataset.remote(self._attempt, kind, digest, rows)
+                        for rank in replica.ranks
+                    ],
+                    self._setup_timeout_s,
+                    f"{self._pool} to build the {kind} dataset",
+                )
+
+
+def _kill(actors: Sequence[Any]) -> None:
+    for actor in actors:
+        ray.kill(actor, no_restart=True)
+
+
+async def gather(refs: Sequence[Any], timeout_s: float, waiting_for: str) -> list[Any]:
+    """All results; the first failure at once, unwrapped from what Ray makes of it."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return list(await asyncio.gather(*refs))
+    except RayTaskError as e:  # before TimeoutError, which it also is where a task raised one
+        cause = e.cause
+        if isinstance(cause, Exception) and not isinstance(cause, RayTaskError):
+            raise cause from e
+        raise
+    except TimeoutError as e:
+        raise NoAnswerError(f"waited {timeout_s:g} s for {waiting_for}") from e
+
+
+def _living(namespace: str) -> set[str]:
+    return {
+        actor["name"]
+        for actor in ray.util.list_named_actors(all_namespaces=True)
+        if actor["namespace"] == namespace
+    }
+
+
+def _import_path() -> str:
+    """Where this process imports from beside its installation: the user's own code."""
+    site = tuple(p for p in (sys.prefix, sys.base_prefix) if p)
+    own = [os.path.abspath(p) for p in sys.path if p and not os.path.abspath(p).startswith(site)]
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join(dict.fromkeys(p for p in (*own, *inherited) if p))
+
+
+def last_line(error: BaseException) -> str:
+    """The last line of a message, without what Ray says of deaths in general."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -1,0 +1,82 @@
+"""How the methods of a module are called: seeded, their output checked, their errors named."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from rlhf_flows.data import Batch, batch_size
+from rlhf_flows.errors import DataError, NonFiniteError, RlhfFlowsError, ShardError, UserError
+from rlhf_flows.pools.messages import ForwardCall
+
+__all__ = ["checked_output", "naming", "naming_columns", "seed_everything"]
+
+
+def seed_everything(*where: object) -> None:
+    """Everything random that user code may use starts from `where`: run, module, rank, call."""
+    text = "/".join(str(part) for part in where)
+    seed = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=4).digest(), "little")
+    random.seed(seed)
+    np.random.seed(seed)
+    if torch.cuda.is_available():
+        torch.manual_seed(seed)
+    else:  # the same for the CPU, without asking every other kind of device: 1 ms less a call
+        torch.default_generator.manual_seed(seed)
+
+
+class naming:
+    """Names module, method, shard and samples in what user code raises."""
+
+    def __init__(
+        self, module: str, method: str, phase: str, episode: int, index: int, batch: Batch | None
+    ) -> None:
+        unit = f"step {index + 1}" if phase == "training" else f"shard {index}"
+        self._where = f"{module}.{method} failed on {phase} of episode {episode}, {unit}"
+        ids = [] if batch is None else list(batch.get("sample_id", []))
+        self._samples = f" (samples {ids[0]} to {ids[-1]})" if ids else ""
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if isinstance(error, UserError | NonFiniteError) and not isinstance(error, ShardError):
+            raise type(error)(f"{self._where}{self._samples}: {error}") from error
+        if isinstance(error, RlhfFlowsError) or not isinstance(error, Exception):
+            return
+        cause = f"{type(error).__name__}: {error}"
+        raise ShardError(f"{self._where}{self._samples}: {cause}") from error
+
+
+@contextlib.contextmanager
+def naming_columns(call: ForwardCall, module: str) -> Iterator[None]:
+    """Names the call whose columns cannot be kept."""
+    try:
+        yield
+    except DataError as e:
+        raise DataError(
+            f"{module}.{call.method} failed on {call.phase} of episode {call.episode}, shard"
+            f" {call.shard}: {e}"
+        ) from e
+
+
+def checked_output(output: Any, data: Batch) -> Batch:
+    """A method's output: a dict of columns with a row for each sample of `data`, or nothing."""
+    if output is None:
+        return {}
+    if not isinstance(output, dict):
+        raise DataError(
+            f"it returned a {type(output).__name__}, expected a dict of columns (or None)"
+        )
+    rows = batch_size(data)
+    if output and batch_size(output) != rows:
+        raise DataError(
+            f"it returned {batch_size(output)} rows for {rows}: return one row for each sample, in"
+            " the same order"
+        )
+    return output
