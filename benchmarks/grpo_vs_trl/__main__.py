@@ -199,7 +199,21 @@ def _learn(root: Path, trl: str | None, *, steps: int, seeds: int) -> dict[str, 
             every = [f"{value:.3f}" for value in curve[:: max(1, steps // 10)]]
             print(f"  {measured.side} seed {seed}: reward {' '.join(every)} … {curve[-1]:.3f}")
             found["runs"].append({"side": measured.side, "seed": seed, "curves": measured.curves})
+    _print_curves(found["runs"], steps)
     return found
+
+
+def _print_curves(runs: Sequence[dict[str, Any]], steps: int) -> None:
+    """Mean reward over seeds, and the standard error of it, at ten places of the curve."""
+    print("\n| reward at step | " + " | ".join(sides := sorted({r["side"] for r in runs})) + " |")
+    print("|---|" + "---|" * len(sides))
+    for step in sorted({*range(0, steps, max(1, steps // 8)), steps - 1}):
+        cells = []
+        for side in sides:
+            values = [r["curves"]["reward"][step] for r in runs if r["side"] == side]
+            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+            cells.append(f"{statistics.fmean(values):.4f} ± {error:.4f}")
+        print(f"| {step} | " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":
