@@ -20,7 +20,7 @@ from typing import Any, Self
 from rlhf_flows.data.stream import ShardHandle
 from rlhf_flows.errors import NoAnswerError, ReplicaDiedError, UserError, WaitTimeoutError
 from rlhf_flows.graph import BATCH, Graph, Node
-from rlhf_flows.pools import Commit, ForwardCall, NodeReport, Source, StoredShard
+from rlhf_flows.pools import ForwardCall, NodeReport, Source, StoredShard
 from rlhf_flows.pools.messages import SOURCE
 from rlhf_flows.tasks.bisection import Failure, find_culprits
 from rlhf_flows.tasks.runtime import Runtime
@@ -145,8 +145,6 @@ async def run_shard(
         )
         searched_in_vain = not culprits
         if culprits:
-            for node in phase.nodes:
-                runtime.pools[node.module].excuse(_what(phase, job, node))
             left_out = await blame(culprits)
             job = job.keeping(set(job.samples) - set(left_out))
     handle = ShardHandle(index=job.index, key="", rows=0)
@@ -236,7 +234,7 @@ async def _run_nodes(
             samples=frozenset(job.samples) if job.is_cut else None,
             version=job.versions.get(node.module),
             batch_size=runtime.config.for_model(node.module).generation_batch_size,
-            commit=Commit(key=job.key) if commits else None,
+            commit_key=job.key if commits else None,
         )
         try:
             table, source, report = await runtime.pools[node.module].call(

@@ -74,8 +74,6 @@ class _Evaluation:
     async def run(self, state: EvaluationState) -> dict[str, float]:
         """The means over all samples that were not left out."""
         runtime = self._runtime
-        for node in self._phase.nodes:
-            runtime.pools[node.module].begin_phase()
         runtime.progress.started("evaluation", self._version, len(self.plan.shards))
         generations = {i: state.next_generation(i) for i in range(len(self.plan.shards))}
         found = []

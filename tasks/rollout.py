@@ -25,8 +25,6 @@ async def rollout(runtime: Runtime, episode: int) -> dict[str, Any]:
     started = time.perf_counter()
     data = await runtime.episode(episode)
     phase = _phase(runtime)
-    for node in phase.nodes:
-        runtime.pools[node.module].begin_phase()
     missing = data.rollout.missing
     runtime.progress.started("rollout", episode, len(data.plan.shards))
     runtime.progress.advanced("rollout", episode, data.rollout.num_arrived)

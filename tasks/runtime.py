@@ -17,7 +17,7 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
-from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError
+from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError, SyncError
 from rlhf_flows.graph import Graph
 from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
 from rlhf_flows.store import (
@@ -345,30 +345,37 @@ class Runtime:
         return source
 
     async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:
-        """Brings one replica of a sampler to a policy version: from the trainer, else the store."""
+        """Brings one replica of a sampler to a policy version: from the trainer, else the store.
+
+        A failed load leaves an engine in no known state: the replica is then replaced, and loads
+        from the store.
+        """
         module = self.source_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
             return
         timeout_s = self.config.runtime.sync_timeout_s
-        what = f"loading the weights of version {version}"
-        source = await self.weights_of(module, version)
-        if source is not None:
-            replica.state = await pool.on_replica(
-                replica,
-                "receive_weights",
-                self.attempt,
-                source,
-                timeout_s,
-                what=what,
-                timeout_s=timeout_s,
-            )
-        else:
-            record = replace(await self.checkpoint_of(module, version), state=None)
-            replica.state = await pool.on_replica(
-                replica, "restore", self.attempt, record, version, what=what, timeout_s=timeout_s
-            )
+        for is_last in (False, True):
+            source = None if is_last else await self.weights_of(module, version)
+            args: tuple[Any, ...]
+            if source is not None:
+                method, args = "receive_weights", (source, timeout_s)
+            else:
+                record = replace(await self.checkpoint_of(module, version), state=None)
+                method, args = "restore", (record, version)
+            what = f"loading the weights of version {version}"
+            try:
+                replica.state = await pool.on_replica(
+                    replica, method, self.attempt, *args, what=what, timeout_s=timeout_s
+                )
+            except SyncError as e:
+                if is_last:
+                    raise
+                logger.warning("%s", e)
+                await pool.rebuild(replica)
+            else:
+                return
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

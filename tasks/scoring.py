@@ -25,8 +25,6 @@ async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
     started: float | None = None
     data = await runtime.episode(episode)
     phase = _phase(runtime)
-    for node in phase.nodes:
-        runtime.pools[node.module].begin_phase()
     missing = set(data.scored.missing)
     runtime.progress.started("scoring", episode, len(data.plan.shards))
     runtime.progress.advanced("scoring", episode, data.scored.num_arrived)
