@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_flows.data.stream import ShardHandle, StreamDataset
 from rlhf_flows.errors import StoreDamageError
 from tests.end_to_end.test_resume import forget
 from tests.end_to_end.whole_run import learn, shard_digests, toy_engine, weight_digests
@@ -93,3 +96,41 @@ def test_a_shard_whose_weights_are_gone_cannot_be_made_again_and_says_so(store: 
     record.write_text("{}")
     with pytest.raises(StoreDamageError, match=r"shard-00001.parquet is damaged.* version 1, from"):
         learn(toy_engine(eval_rows=0), store, "gone", **settings)
+
+
+def lost_reference() -> Any:
+    """A reference to what went with its owner, as when a node goes."""
+    import ray
+
+    class Owner:
+        def make(self) -> list[Any]:
+            return [ray.put("a table")]
+
+    owner = ray.remote(Owner).remote()
+    (reference,) = ray.get(owner.make.remote())
+    ray.kill(owner)
+    for _ in range(200):
+        try:
+            ray.get(reference, timeout=20)
+        except ray.exceptions.ObjectLostError:
+            return reference
+        time.sleep(0.1)
+    raise AssertionError("the reference outlives its owner")
+
+
+def test_training_reads_from_the_store_what_ray_has_lost(
+    store: Path, plain: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    append, lost = StreamDataset.append, lost_reference()
+
+    def lose(stream: StreamDataset, handle: ShardHandle) -> bool:
+        if stream.name.startswith("scoring") and handle.ref is not None:
+            handle = replace(handle, ref=lost)
+        return append(stream, handle)
+
+    monkeypatch.setattr(StreamDataset, "append", lose)
+    learn(toy_engine(), store, "lost", **SPARSE)
+    assert weight_digests(store, "lost") == weight_digests(store, plain)
+    said = [r.getMessage() for r in caplog.records if "it is read from the store" in r.getMessage()]
+    assert len(said) >= 2
+    assert "an input of step 1 of 2 of training of episode 0" in said[0]
