@@ -38,8 +38,11 @@ MAY_CHANGE = frozenset(
         "cluster",
         "log_level",
         "models.*.num_replica",
+        "models.*.ranks_per_replica",
         "models.*.num_threads",
         "models.*.num_cpu",
+        "models.*.num_gpu",
+        "models.*.memory_bytes",
         "runtime.num_episode",
         "runtime.shard_timeout_s",
         "runtime.setup_timeout_s",
@@ -52,7 +55,8 @@ MAY_CHANGE = frozenset(
     }
 )
 """Fields that may differ when a run is resumed: none of them changes what is asked for. Another
-number of threads of a trained module changes the order of sums, and so the last bits of weights."""
+number of ranks or threads of a trained module, or another device, changes the order of sums, and so
+the last bits of its weights."""
 
 
 class StoreConfig(Settings):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,19 @@ def test_a_finished_run_does_nothing_and_more_episodes_with_more_replicas_go_on_
     changed = json.loads((store / "grown/attempts/000003.json").read_text())["changed"]
     assert "models.policy.num_replica" in str(changed)
     assert_only_the_newest_are_kept(store, "grown", kept=(4, 5), deleted=(1, 2, 3))
+
+
+def test_a_run_that_moved_goes_on_to_the_same_bits(
+    store: Path, five: str, services: str, tmp_path: Path
+) -> None:
+    learn(toy_engine(), store, "moved", num_episode=3)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(store / "moved", elsewhere / "moved")
+    # Another store, cluster (pools of another making), number of replicas and of ranks.
+    models = {"policy": {"num_replica": 2}, "trainer": {"ranks_per_replica": 2}}
+    learn(toy_engine(), elsewhere, "moved", address=services, models=models, num_episode=5)
+    assert weight_digests(elsewhere, "moved") == weight_digests(store, five)
+    assert_exactly_once(elsewhere, "moved", episodes=5)
 
 
 def assert_only_the_newest_are_kept(
