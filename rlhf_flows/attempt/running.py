@@ -7,6 +7,7 @@ pools are released. Why it ends, and what becomes of the flow run, is told by `s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,6 +27,7 @@ from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
+from rlhf_flows.reporting.flow_run_page import close_task_runs, tag_of, warnings_shown
 from rlhf_flows.services.prefect_server import kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
@@ -95,6 +97,8 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
         changed=record.changed,
         takeover=checked.description.takeover,
     )
+    if attempt.number > 1:
+        await close_task_runs(flow_run.id, run)
     # Nobody waits for it, and nothing comes of it but space.
     threading.Thread(target=sweep_run, args=(store, run), name="sweep", daemon=True).start()
     if checked.description.progress is not None:
@@ -121,6 +125,9 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
     watch = FlowRunWatch(flow_run, check_fence=partial(check_fence, store, run, attempt.number))
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
+    page = contextlib.ExitStack()
+    page.enter_context(prefect.tags(tag_of(run)))
+    page.enter_context(warnings_shown())
     try:
         found = await runtime({})
         name, also = checked.description.name, checked.description.progress
@@ -148,4 +155,5 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
         outcome = await watch.outcome_of(e)
         await watch.tell(e)
     finally:
+        page.close()
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))
