@@ -76,7 +76,7 @@ async def sample_again(runtime: Runtime, data: EpisodeData, damage: ShardDamageE
     retention has deleted the weights that sampled them.
     """
     for module, version in data.plan.versions.items():
-        if runtime.weights_are_deleted(version):
+        if version in runtime.versions_without_weights():
             raise StoreDamageError(
                 f"{damage}. It cannot be made again: version {version}, from which {module!r}"
                 " sampled it, was deleted by retention; restore the object from a backup, or"

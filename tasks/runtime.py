@@ -282,18 +282,12 @@ class Runtime:
         logger.warning("%s: it is made again as generation %d", damage, parts.generation + 1)
         return parts
 
-    def weights_are_deleted(self, version: int) -> bool:
-        """Whether retention has deleted the weights of a policy version."""
-        prefix = f"{self.run}/weights/version={version:06d}/"
-        return any(folder.startswith(prefix) for folder in self.gone)
-
-    def versions_with_weights(self) -> set[int]:
-        """Trained versions whose weights retention has left."""
-        gone = {prefix for prefix in self.gone if f"{self.run}/weights/" in prefix}
-        deleted = {int(p.split("version=")[1].split("/")[0]) for p in gone}
-        return set(range(1, self.state.trained_episodes + 1)) - deleted
-
     # ---- where the weights are ------------------------------------------------------------
+
+    def versions_without_weights(self) -> set[int]:
+        """Trained versions whose weights retention has deleted, or began to."""
+        versions = (self.layout.version_of_weights(prefix) for prefix in self.gone)
+        return {version for version in versions if version is not None}
 
     async def commit_of(self, version: int) -> dict[str, Any]:
         """The payload of the commit that made `version` (1 or more)."""
@@ -311,6 +305,13 @@ class Runtime:
                 f"the commit of version {version} of run {self.run!r} names no checkpoint of"
                 f" {module!r}: it was written by another configuration"
             ) from e
+
+    def followed_in(self, phase: ShardPhase) -> list[str]:
+        """The modules that take part in a phase of the environment with a trainer's weights."""
+        nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
+        graph = self.environment
+        modules = {n.module for n in graph.nodes if n.id in nodes} if graph is not None else set()
+        return sorted(modules & {pair.target for pair in self.syncs})
 
     def source_of(self, target: str) -> str:
         """The trained module whose weights `target` follows."""
