@@ -23,10 +23,9 @@ __all__ = ["rollout", "sample_again", "sample_shard"]
 async def rollout(runtime: Runtime, episode: int) -> dict[str, Any]:
     """Samples the shards of an episode that are not there; each is committed as it exists."""
     started = time.perf_counter()
+    await runtime.begin("rollout", episode)
     data = await runtime.episode(episode)
     phase = _phase(runtime)
-    for node in phase.nodes:
-        runtime.pools[node.module].begin_phase()
     missing = data.rollout.missing
     runtime.progress.started("rollout", episode, len(data.plan.shards))
     runtime.progress.advanced("rollout", episode, data.rollout.num_arrived)

@@ -23,10 +23,9 @@ __all__ = ["score_shard", "scoring"]
 async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
     """Scores the shards of an episode that are not scored, each as soon as it is sampled."""
     started: float | None = None
+    await runtime.begin("scoring", episode)
     data = await runtime.episode(episode)
     phase = _phase(runtime)
-    for node in phase.nodes:
-        runtime.pools[node.module].begin_phase()
     missing = set(data.scored.missing)
     runtime.progress.started("scoring", episode, len(data.plan.shards))
     runtime.progress.advanced("scoring", episode, data.scored.num_arrived)

@@ -9,7 +9,7 @@ every message says which shards of what it waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,16 +40,6 @@ class StreamDataset:
         self._by_index: dict[int, ShardHandle] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
-
-    @classmethod
-    def rebuild(
-        cls, keys: Mapping[int, str], *, num_shards: int, name: str = "stream"
-    ) -> StreamDataset:
-        """The stream whose shards lie in the store under `keys`; others may still be appended."""
-        stream = cls(num_shards, name=name)
-        for index in sorted(keys):
-            stream.append(ShardHandle(index=index, key=keys[index]))
-        return stream
 
     def append(self, handle: ShardHandle) -> bool:
         """Add a shard. False, and nothing changes, if its index is there already.
