@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import psutil
 
-from rlhf_flows.errors import FencedError, RunBusyError, StoreUnavailableError
+from rlhf_flows.errors import FencedError, RunBusyError, StoreError
 from rlhf_flows.store.commit import commit_json, read_json
 from rlhf_flows.store.layout import RunLayout, parse_key
 from rlhf_flows.store.objects import ObjectStore
@@ -103,12 +103,12 @@ def take_attempt(
 
 
 def end_attempt(store: ObjectStore, run: str, number: int, outcome: Outcome) -> None:
-    """Record how the attempt ended, if the store is there. The first record stands."""
+    """Record how the attempt ended, if the store takes it. The first record stands."""
     record = {"number": number, "outcome": outcome, "ended_at": _now()}
     try:
         commit_json(store, RunLayout(run).attempt_ended(number), record)
-    except StoreUnavailableError as error:
-        # Nothing hangs on it, and the caller may be on its way out with this very error.
+    except StoreError as error:
+        # No run fails for it, nor is the error hidden that the caller may be on its way out with.
         logger.warning("that attempt %d ended (%s) is not recorded: %s", number, outcome, error)
 
 

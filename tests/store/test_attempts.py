@@ -138,6 +138,15 @@ def test_the_first_outcome_of_an_attempt_stands(local_store):
     assert read_json(local_store, key)["outcome"] == "fenced"
 
 
+def test_an_outcome_that_the_store_refuses_fails_nobody(local_store, caplog):
+    take(local_store)
+    attempts = local_store.root / "r/attempts"
+    attempts.rename(attempts.with_name("elsewhere"))
+    attempts.write_bytes(b"a file, in which nothing can be made")
+    end_attempt(local_store, "r", 1, "completed")
+    assert "that attempt 1 ended (completed) is not recorded: cannot write" in caplog.text
+
+
 def test_deaths_are_counted_back_to_the_last_attempt_that_ended_in_order(store):
     def follow(*outcomes):
         for outcome in outcomes:
