@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from rlhf_flows.errors import ShardDamageError
 from rlhf_flows.store import parse_key
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.rollout import sample_again, sample_shard
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 from rlhf_flows.tasks.scoring import score_shard
+from rlhf_flows.together import together
 
 __all__ = ["make_missing", "repair"]
 

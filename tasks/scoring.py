@@ -10,11 +10,12 @@ from prefect import task
 from rlhf_flows.data.stream import ShardHandle
 from rlhf_flows.errors import ShardDamageError
 from rlhf_flows.pools import NodeReport, Source
-from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard, together
+from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
 from rlhf_flows.tasks.quarantine import blame_in_episode
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.rollout import sample_again
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+from rlhf_flows.together import together
 
 __all__ = ["score_shard", "scoring"]
 

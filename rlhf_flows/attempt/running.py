@@ -29,15 +29,14 @@ from rlhf_flows.reporting.artifacts import shown
 from rlhf_flows.services.prefect_server import kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
-    check_fence,
     check_run_name,
     end_attempt,
     scan,
     sweep_run,
     take_attempt,
 )
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.together import beside
 
 __all__ = ["run_as_flow"]
 
@@ -118,14 +117,14 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
             eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
         )
 
-    watch = FlowRunWatch(flow_run, check_fence=partial(check_fence, store, run, attempt.number))
+    watch = FlowRunWatch(flow_run, store=store, run=run, attempt=attempt.number)
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
     try:
         found = await runtime({})
         name, also = checked.description.name, checked.description.progress
         shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
-        async with shows as progress, watch:
+        async with shows as progress, beside(watch.watch()):
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
@@ -136,10 +135,8 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
                     # flight is there now.
                     working = await runtime(pools)
                     working.progress = progress
-                    async with together() as group:
-                        head = group.create_task(watch_head(cluster))
+                    async with beside(watch_head(cluster)):
                         result = await run_episodes(working)
-                        head.cancel()
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
     except BaseException as e:

@@ -41,7 +41,7 @@ def automations(client: SyncPrefectClient) -> None:
 def start_toy(client: SyncPrefectClient, store: Path, address: str, *, slow_s: float = 0.5) -> UUID:
     parameters: dict[str, Any] = {
         "store": str(store),
-        "address": address,
+        "cluster": {"address": address},
         "log": str(store / "calls"),
         "slow_s": slow_s,
         "runtime": {**RUNTIME, "num_episode": EPISODES},
