@@ -26,6 +26,7 @@ from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
+from rlhf_flows.services.heartbeat import heartbeats
 from rlhf_flows.services.prefect_server import kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
@@ -43,11 +44,13 @@ __all__ = ["run_as_flow"]
 
 async def run_as_flow(description: Description) -> RunResult:
     """Runs as a Prefect flow run, or as part of the flow run that this is called in."""
-    checked = await asyncio.to_thread(check, description)
     flow_run = _flow_run()
     if flow_run is not None:
-        return await run_attempt(checked, flow_run)
+        async with heartbeats(flow_run):
+            checked = await asyncio.to_thread(check, description)
+            return await run_attempt(checked, flow_run)
 
+    checked = await asyncio.to_thread(check, description)
     run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
