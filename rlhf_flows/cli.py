@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,12 +75,15 @@ def train(
     loaded = load_config(chosen.config, settings or (), file=config)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
+    if json_file is not None and json_file.is_dir():
+        raise typer.BadParameter(f"{json_file} is a folder: name a file", param_hint="--json")
     from rlhf_flows.reporting.summary import print_summary, summarize, write_summary
     from rlhf_flows.reporting.terminal import TerminalProgress
     from rlhf_flows.services.environment import flow_run_url
-    from rlhf_flows.services.prefect_server import prefect_api
+    from rlhf_flows.services.prefect_server import check_configured_server, prefect_api
 
     console = Console()
+    check_configured_server()
     chosen.check(loaded)
     with prefect_api() as server:
         if server is not None:
@@ -215,19 +220,30 @@ def automations_ls() -> None:
         Console().print("none: `rlhf-flows automations install` makes them")
 
 
-def _prefect_client() -> Any:
-    """A client of the server that is configured. Raises ConfigError where none is."""
+@contextmanager
+def _prefect_client() -> Iterator[Any]:
+    """A client of the server that is configured. Raises ConfigError where none is, or it fails."""
+    import httpx
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
 
     from rlhf_flows.errors import ConfigError
+    from rlhf_flows.services.environment import is_server_configured
+    from rlhf_flows.services.prefect_server import check_configured_server
 
-    if not PREFECT_API_URL.value():
+    if not is_server_configured():
         raise ConfigError(
             "no Prefect server is configured: automations live on one that stays, so start it with"
             " `prefect server start` and set PREFECT_API_URL, such as http://127.0.0.1:4200/api"
         )
-    return get_client(sync_client=True)
+    check_configured_server()
+    with get_client(sync_client=True) as client:
+        try:
+            yield client
+        except httpx.HTTPStatusError as e:
+            raise ConfigError(
+                f"the Prefect server at {client.api_url} refuses: {e}. Check PREFECT_API_URL, and"
+                " PREFECT_API_KEY or PREFECT_API_AUTH_STRING where it asks for one"
+            ) from e
 
 
 if __name__ == "__main__":

@@ -43,6 +43,8 @@ def export_model(
     url: str, run: str, folder: Path, *, version: int | None = None, module: str = ""
 ) -> Path:
     """Copies the weights of a policy version to `folder`, verified file by file."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a new or an empty folder for the model")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"the folder {folder} is not empty: name another one for the model")
     store = open_store(url)

@@ -27,7 +27,7 @@ from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
 from rlhf_flows.services.heartbeat import heartbeats
-from rlhf_flows.services.prefect_server import kept_prefect_api
+from rlhf_flows.services.prefect_server import check_configured_server, kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
     check_run_name,
@@ -51,6 +51,7 @@ async def run_as_flow(description: Description) -> RunResult:
             return await run_attempt(checked, flow_run)
 
     checked = await asyncio.to_thread(check, description)
+    await asyncio.to_thread(check_configured_server)
     run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
