@@ -16,21 +16,30 @@ from rlhf_flows.store import (
     read_json,
     scan,
 )
+from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["export_model", "exported_model"]
 
 
-def exported_model(url: str, run: str, *, version: int | None = None, module: str = "") -> Path:
+def exported_model(
+    url: str,
+    run: str,
+    *,
+    version: int | None = None,
+    module: str = "",
+    retry_budget_s: float = BRIEF_S,
+) -> Path:
     """A local folder with the weights of a policy version: in the store itself where it is local.
 
     Args:
         version: The newest by default.
         module: Which trained module; needed where the run trains several.
+        retry_budget_s: How long an outage of the store is waited for.
 
     Raises:
         ConfigError: no such run, version or module, or its weights were deleted by retention.
     """
-    store = open_store(url)
+    store = open_store(url, retry_budget_s=retry_budget_s)
     record = _weights(store, run, version, module)
     if store.url.startswith("file://"):
         return Path(store.url.removeprefix("file://")) / record.prefix
