@@ -21,7 +21,7 @@ from rlhf_flows.attempt.claims import claim_run, new_run_name
 from rlhf_flows.attempt.deaths import check_attempts_left
 from rlhf_flows.attempt.description import Checked, Description
 from rlhf_flows.attempt.placement import connect_cluster, open_pools
-from rlhf_flows.attempt.stopping import FlowRunWatch, without_abort
+from rlhf_flows.attempt.stopping import FlowRunWatch, started_for, without_abort
 from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
@@ -46,9 +46,10 @@ async def run_as_flow(description: Description) -> RunResult:
     """Runs as a Prefect flow run, or as part of the flow run that this is called in."""
     flow_run = _flow_run()
     if flow_run is not None:
-        async with heartbeats(flow_run):
+        started = await started_for(flow_run)
+        async with heartbeats(started):
             checked = await asyncio.to_thread(check, description)
-            return await run_attempt(checked, flow_run)
+            return await run_attempt(checked, flow_run, started)
 
     checked = await asyncio.to_thread(check, description)
     await asyncio.to_thread(check_configured_server)
@@ -66,7 +67,7 @@ async def run_as_flow(description: Description) -> RunResult:
         await cluster
         flow_run = _flow_run()
         assert flow_run is not None
-        return await run_attempt(checked, flow_run)
+        return await run_attempt(checked, flow_run, flow_run)
 
     try:
         with kept_prefect_api() as server, without_abort():
@@ -83,8 +84,13 @@ def _flow_run() -> FlowRun | None:
     return None if context is None else context.flow_run
 
 
-async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
-    """One attempt of the run: whatever is missing, from what the store holds."""
+async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> RunResult:
+    """One attempt of the run: whatever is missing, from what the store holds.
+
+    Args:
+        flow_run: Whose tasks the phases are.
+        started: What a person or an automation stops and starts: the same, or a parent of it.
+    """
     config, flow_run_id = checked.config, str(flow_run.id)
     run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
     store, record = await asyncio.to_thread(claim_run, checked, run)
@@ -94,7 +100,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
         take_attempt,
         store,
         run,
-        flow_run_id=flow_run_id,
+        flow_run_id=str(started.id),
         changed=record.changed,
         takeover=checked.description.takeover,
     )
@@ -121,7 +127,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
             eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
         )
 
-    watch = FlowRunWatch(flow_run, store=store, run=run, attempt=attempt.number)
+    watch = FlowRunWatch(started, store=store, run=run, attempt=attempt.number)
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
     try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ from rlhf_flows.store import (
     read_json,
 )
 
-__all__ = ["FlowRunWatch", "without_abort"]
+__all__ = ["FlowRunWatch", "started_for", "without_abort"]
 
 _EVERY_S = 3.0
 _WORKER_TAKES_S = 6.0
@@ -169,6 +170,18 @@ class FlowRunWatch:
                 return await client.read_flow_run(self._flow_run.id)
         except _AWAY:
             return None
+
+
+async def started_for(flow_run: FlowRun) -> FlowRun:
+    """The flow run that a worker started this process for, where this one is a subflow of it.
+
+    It is the one that has a deployment, that is cancelled, suspended and retried.
+    """
+    started = os.environ.get("PREFECT__FLOW_RUN_ID")
+    if started is None or flow_run.parent_task_run_id is None:
+        return flow_run
+    async with get_client() as client:
+        return await client.read_flow_run(UUID(started))
 
 
 def _state_id(flow_run: FlowRun) -> UUID | None:

@@ -80,8 +80,9 @@ class Started:
             "runtime": runtime,
         }
         self.id = client.create_flow_run_from_deployment(deployment, parameters=parameters).id
-        self.name = f"toy-{self.id}"
-        self.folder = store / self.name
+        before = set(store.glob("toy-*"))
+        self.folder = wait_for("the run", lambda: next(iter({*store.glob("toy-*")} - before), None))
+        self.name = self.folder.name
         shard = self.folder / "episodes/episode=000001/rollout/shard-00000.parquet"
         wait_for("the second episode", lambda: existing(shard), timeout_s=180)
         self.process = psutil.Process(attempt(self.folder, 1)["pid"])
@@ -182,6 +183,21 @@ def test_a_suspended_run_leaves_its_pools_to_the_process_that_resumes_it(
     assert len(pids(started.log)) == 1, "the pools were loaded again"
     calls = generated(started.log)
     assert len(calls) - len(set(calls)) <= RUNTIME["generation_batch_size"]
+
+
+@pytest.mark.parametrize(("said", "kept"), [("suspended", 3), ("cancelled", 0)])
+def test_a_subflow_hears_what_is_done_to_the_flow_run_that_was_started(
+    said: str, kept: int, client: SyncPrefectClient, deployment: UUID, store: Path, ray_head: str
+) -> None:
+    started = Started(client, deploy_toy(client, "nested"), store, {"address": ray_head})
+    is_suspended = said == "suspended"
+    state = Suspended(timeout_seconds=600) if is_suspended else State(type=StateType.CANCELLING)
+    client.set_flow_run_state(started.id, state)
+    started.stops()
+    assert outcome(started.folder, 1) == said
+    assert len(started.actors()) == kept
+    assert attempt(started.folder, 1)["flow_run_id"] == str(started.id)
+    wait_for("the state", lambda: in_state(client, started.id, "PAUSED", "CANCELLED"))
 
 
 def crashed_and_retried(started: Started) -> None:

@@ -11,6 +11,14 @@ from rlhf_flows.engine import GRPOEngine
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
 
+@flow(name="nested", persist_result=False)
+async def nested(
+    store: str, log: str, slow_s: float, cluster: dict[str, Any], runtime: dict[str, Any]
+) -> None:
+    """A flow of one's own that calls a deployed one as a subflow."""
+    await toy(store, log, slow_s, cluster, runtime)
+
+
 @flow(name="toy", persist_result=False)
 async def toy(
     store: str, log: str, slow_s: float, cluster: dict[str, Any], runtime: dict[str, Any]
