@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 
 from rlhf_flows.errors import RlhfFlowsError, UserError
+from rlhf_flows.services.delays import Delays
 from rlhf_flows.services.environment import prepare_environment
 
 __all__ = ["app", "main"]
@@ -36,6 +37,7 @@ automations_app = typer.Typer(
     help="Automations on a Prefect server that start crashed runs again.", no_args_is_help=True
 )
 app.add_typer(automations_app, name="automations")
+_DELAYS = Delays()
 
 
 def main() -> None:
@@ -179,16 +181,16 @@ def pools_release(
 def automations_install(
     restart_s: Annotated[
         float, typer.Option(help="Seconds from a crash to the restart.", min=15)
-    ] = 25.0,
+    ] = _DELAYS.restart_s,
     heartbeat_s: Annotated[
         float, typer.Option(help="Seconds without a heartbeat that are a crash.", min=60)
-    ] = 90.0,
+    ] = _DELAYS.heartbeat_s,
     crashes_per_hour: Annotated[
         int, typer.Option(help="Crashes of one flow run that end the restarts.", min=2)
-    ] = 10,
+    ] = _DELAYS.crashes_per_hour,
 ) -> None:
     """Installs them on the server of PREFECT_API_URL, or replaces them there."""
-    from rlhf_flows.services.automations import TAG, Delays, install
+    from rlhf_flows.services.automations import TAG, install
 
     delays = Delays(restart_s=restart_s, heartbeat_s=heartbeat_s, crashes_per_hour=crashes_per_hour)
     with _prefect_client() as client:

@@ -14,7 +14,6 @@ of this package's deployments only:
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
 
 from prefect.client.orchestration import SyncPrefectClient
@@ -23,9 +22,10 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-from rlhf_flows.services.heartbeat import EVERY_S, HEARTBEAT, LEFT
+from rlhf_flows.services.delays import Delays
+from rlhf_flows.services.heartbeat import HEARTBEAT, LEFT
 
-__all__ = ["TAG", "Delays", "automations", "install", "installed", "remove"]
+__all__ = ["TAG", "automations", "install", "installed", "remove"]
 
 TAG = "rlhf-flows"
 """Of the deployments whose flow runs these automations touch."""
@@ -34,16 +34,6 @@ _PREFIX = "rlhf-flows: "
 _MOVING = ("AwaitingRetry", "Scheduled", "Late", "Pending", "Submitting", "Running", "Retrying")
 _STOPPING = ("Cancelling", "Cancelled", "Suspended", "Paused")
 _FINISHED = ("Completed", "Failed", "Crashed", "TimedOut")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delays:
-    """How patient the automations are."""
-
-    restart_s: float = 25.0
-    """Longer than a worker takes to report a crash for the second time: 12 s were seen."""
-    heartbeat_s: float = 3 * EVERY_S
-    crashes_per_hour: int = 10
 
 
 def automations(delays: Delays) -> list[AutomationCore]:

@@ -14,7 +14,8 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.events import emit_event
 from prefect.states import Suspended
 
-from rlhf_flows.services.automations import TAG, Delays, install, installed, remove
+from rlhf_flows.services.automations import TAG, install, installed, remove
+from rlhf_flows.services.delays import Delays
 from rlhf_flows.services.heartbeat import HEARTBEAT
 from tests.deployments.worker import (
     attempt,
