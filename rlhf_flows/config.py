@@ -247,9 +247,7 @@ class EngineConfig(Settings):
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Placement of modules, by name."
     )
-    log_level: str = Field(
-        default="WARNING", description="Of the workers and of Prefect's loggers."
-    )
+    log_level: str = Field(default="WARNING", description="Of the workers.")
 
     def for_model(self, name: str) -> ModelConfig:
         return self.models.get(name, ModelConfig())

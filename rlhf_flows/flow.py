@@ -23,9 +23,9 @@ from typing import Any
 from rlhf_flows.errors import TransientError
 from rlhf_flows.store import ShardPhase
 from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.evaluation import evaluation_digest
 from rlhf_flows.tasks.retention import retain
+from rlhf_flows.together import together
 
 __all__ = ["RunResult", "is_finished", "phases_of", "run_episodes"]
 

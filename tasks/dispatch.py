@@ -9,11 +9,9 @@ are left out.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -25,7 +23,7 @@ from rlhf_flows.pools.messages import SOURCE
 from rlhf_flows.tasks.bisection import Failure, find_culprits
 from rlhf_flows.tasks.runtime import Runtime
 
-__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard", "together"]
+__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -292,18 +290,3 @@ def mean_metrics(reports: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str
             total, count = sums.get(name, (0.0, 0))
             sums[name] = (total + mean * rows, count + rows)
     return {name: total / count for name, (total, count) in sums.items() if count}
-
-
-@contextlib.asynccontextmanager
-async def together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that raises its first failure itself, not a group of one."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        raise _first_leaf(failures) from failures
-
-
-def _first_leaf(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = failures.exceptions[0]
-    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

@@ -24,10 +24,11 @@ from rlhf_flows.pools import Source
 from rlhf_flows.pools.shards import metrics_of
 from rlhf_flows.store import EvaluationState, commit_json, read_json
 from rlhf_flows.tasks.bisection import Failure
-from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard, together
+from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
 from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.together import together
 
 __all__ = ["evaluation", "evaluation_digest"]
 

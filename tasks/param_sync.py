@@ -14,9 +14,9 @@ from prefect import task
 
 from rlhf_flows.errors import SyncError
 from rlhf_flows.pools import Pool, Replica
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime, SyncPair
+from rlhf_flows.together import together
 
 __all__ = ["param_sync"]
 

@@ -19,9 +19,9 @@ from rlhf_flows.data.stream import ShardHandle
 from rlhf_flows.errors import ShardDamageError, StoreDamageError
 from rlhf_flows.pools import NodeReport
 from rlhf_flows.store import ShardPhase, parse_key
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 from rlhf_flows.tasks.shards import make_shard
+from rlhf_flows.together import together
 
 __all__ = ["make_missing", "make_sound", "repair"]
 

@@ -38,10 +38,10 @@ from rlhf_flows.pools import (
     TrainRows,
 )
 from rlhf_flows.store import commit_json
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+from rlhf_flows.together import together
 
 __all__ = ["training"]
 

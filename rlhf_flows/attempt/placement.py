@@ -23,7 +23,7 @@ from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
 from rlhf_flows.pools.resources import check_fits
 from rlhf_flows.store import ObjectStore, check_fence
-from rlhf_flows.tasks.dispatch import together
+from rlhf_flows.together import together
 
 __all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
 

@@ -11,8 +11,12 @@ from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import emit_event
+from prefect.states import Suspended
 
-from rlhf_flows.services.automations import Delays, install, installed, remove
+from rlhf_flows.services.automations import TAG, install, installed, remove
+from rlhf_flows.services.delays import Delays
+from rlhf_flows.services.heartbeat import HEARTBEAT
 from tests.deployments.worker import (
     attempt,
     deploy_toy,
@@ -20,6 +24,7 @@ from tests.deployments.worker import (
     history,
     in_state,
     kill_group,
+    outcome,
     process_worker,
     wait_for,
 )
@@ -41,7 +46,7 @@ def automations(client: SyncPrefectClient) -> None:
 def start_toy(client: SyncPrefectClient, store: Path, address: str, *, slow_s: float = 0.5) -> UUID:
     parameters: dict[str, Any] = {
         "store": str(store),
-        "address": address,
+        "cluster": {"address": address},
         "log": str(store / "calls"),
         "slow_s": slow_s,
         "runtime": {**RUNTIME, "num_episode": EPISODES},
@@ -94,6 +99,34 @@ def test_a_run_whose_worker_died_with_it_goes_on_at_another_worker(
     with process_worker(tmp_path / "second.log"):
         wait_for("the end", lambda: in_state(client, flow_run_id, "COMPLETED"), timeout_s=240)
     assert history(client, flow_run_id).count("Crashed") == 1
+    assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
+
+
+def test_a_suspended_run_waits_for_a_person_whatever_heartbeats_its_process_gave_until_it_ended(
+    client: SyncPrefectClient, ray_head: str, tmp_path: Path
+) -> None:
+    with process_worker(tmp_path / "worker.log"):
+        flow_run_id = start_toy(client, tmp_path, ray_head, slow_s=2.0)
+        folder = wait_for_work(tmp_path, flow_run_id)
+        client.set_flow_run_state(flow_run_id, Suspended(timeout_seconds=600))
+        for name in ("prefect.flow-run.heartbeat", HEARTBEAT):
+            emit_event(
+                name,
+                resource={"prefect.resource.id": f"prefect.flow-run.{flow_run_id}"},
+                related=[
+                    {
+                        "prefect.resource.id": f"prefect.tag.{TAG}",
+                        "prefect.resource.role": "tag",
+                    }
+                ],
+            )
+        wait_for("the end of the process", lambda: outcome(folder, 1), timeout_s=30)
+        time.sleep(DELAYS.heartbeat_s + DELAYS.restart_s + 20)
+        assert history(client, flow_run_id)[-1] == "Suspended"
+        assert outcome(folder, 1) == "suspended"
+        client.resume_flow_run(flow_run_id)
+        wait_for("the end", lambda: in_state(client, flow_run_id, "COMPLETED"), timeout_s=120)
+    assert "Crashed" not in history(client, flow_run_id)
     assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
 
 

@@ -82,7 +82,8 @@ def test_a_living_attempt_refuses_a_second_start_unless_it_takes_over(local_stor
     with pytest.raises(RunBusyError) as refusal:
         take(local_store)
     assert f"alive as process {first.pid}" in str(refusal.value)
-    assert "takeover=true" in str(refusal.value)
+    assert "--takeover" in str(refusal.value)
+    assert "takeover=True" in str(refusal.value)
     assert newest_attempt(local_store, "r") == 1
     assert take(local_store, takeover=True).number == 2
 
@@ -159,6 +160,14 @@ def test_deaths_are_counted_back_to_the_last_attempt_that_ended_in_order(store):
     assert deaths_in_a_row(store, "r") == [5, 3]
     follow("suspended")
     assert deaths_in_a_row(store, "r") == []
+
+
+def test_an_attempt_that_is_alive_is_no_death(local_store, start_python):
+    first = started(start_python, local_store)
+    assert deaths_in_a_row(local_store, "r") == []
+    first.kill()
+    first.wait()
+    assert deaths_in_a_row(local_store, "r") == [1]
 
 
 def test_a_flow_run_that_prefect_runs_again_replaces_its_own_attempt(local_store, start_python):
