@@ -15,6 +15,7 @@ of this package's deployments only:
 from __future__ import annotations
 
 from datetime import timedelta
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
@@ -122,12 +123,26 @@ def installed(client: SyncPrefectClient) -> list[Automation]:
 
 
 def install(client: SyncPrefectClient, delays: Delays) -> list[str]:
-    """Creates the automations, in place of those that are there; their names."""
-    remove(client)
+    """Creates the automations, or brings those that are there up to date; their names.
+
+    What is as it should be is left alone: each change makes the server load its triggers anew.
+    """
+    there = {a.name: a for a in installed(client)}
     wanted = automations(delays)
     for automation in wanted:
-        client.create_automation(automation)
+        found = there.pop(automation.name, None)
+        if found is None:
+            client.create_automation(automation)
+        elif _essence(found) != _essence(automation):
+            client.delete_automation(found.id)
+            client.create_automation(automation)
+    for unknown in there.values():
+        client.delete_automation(unknown.id)
     return [a.name for a in wanted]
+
+
+def _essence(automation: AutomationCore) -> dict[str, Any]:
+    return automation.model_dump(include=set(AutomationCore.model_fields))
 
 
 def remove(client: SyncPrefectClient) -> list[str]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -59,14 +61,6 @@ def wait_for_work(store: Path, flow_run_id: UUID) -> Path:
     shard = folder / "episodes/episode=000000/rollout/shard-00001.parquet"
     wait_for("the first shards", lambda: existing(shard), timeout_s=180)
     return folder
-
-
-def test_installing_twice_leaves_three_and_removing_none(client: SyncPrefectClient) -> None:
-    install(client, DELAYS)
-    names = [a.name for a in installed(client)]
-    assert names == ["rlhf-flows: give up", "rlhf-flows: heartbeat", "rlhf-flows: restart"]
-    assert sorted(remove(client)) == names
-    assert installed(client) == []
 
 
 def test_a_killed_flow_process_is_followed_by_another_one_with_the_same_pools(
@@ -143,3 +137,19 @@ def test_a_run_that_cannot_even_start_is_given_up_and_others_are_not_touched(
     assert history(client, ours).count("AwaitingRetry") == 1
     assert history(client, ours)[-1] == "Failed"
     assert history(client, other)[-1] == "Crashed"
+
+
+def test_installing_again_changes_what_differs_and_removing_leaves_none(
+    client: SyncPrefectClient,
+) -> None:
+    before = installed(client)
+    names = [a.name for a in before]
+    assert names == ["rlhf-flows: give up", "rlhf-flows: heartbeat", "rlhf-flows: restart"]
+    install(client, DELAYS)
+    assert [a.id for a in installed(client)] == [a.id for a in before]
+    install(client, replace(DELAYS, restart_s=16))
+    now = installed(client)
+    assert [a.id == b.id for a, b in zip(before, now, strict=True)] == [True, True, False]
+    assert now[2].trigger.within == timedelta(seconds=16)
+    assert sorted(remove(client)) == names
+    assert installed(client) == []
