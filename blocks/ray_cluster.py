@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import socket
@@ -42,6 +41,7 @@ class RayCluster(Block):
         token: The cluster's authentication token.
         token_path: A file that holds the token.
         lease_seconds: How long pools outlive their last sign of life.
+        keep_pools_on_cancel: Whether those of a cancelled run do.
 
     Example:
         Train on a cluster that runs already:
@@ -93,6 +93,12 @@ class RayCluster(Block):
         description="Pools without a heartbeat for so many seconds release their GPUs.",
     )
 
+    keep_pools_on_cancel: bool = Field(
+        default=False,
+        title="Keep pools on cancel",
+        description="Keep the pools of a cancelled run until their lease ends.",
+    )
+
     @model_validator(mode="after")
     def _one_token(self) -> RayCluster:
         if self.token is not None and self.token_path is not None:
@@ -106,6 +112,7 @@ class RayCluster(Block):
             num_cpus=self.num_cpus,
             object_store_memory_bytes=self.object_store_memory_bytes,
             lease_s=self.lease_seconds,
+            keep_pools_on_cancel=self.keep_pools_on_cancel,
         )
 
     def export_credentials(self) -> None:
@@ -160,7 +167,3 @@ class RayCluster(Block):
                 f"nobody listens at {self.address} ({e}): check that the head of the Ray cluster"
                 " runs and that this machine reaches it"
             ) from e
-
-    async def acheck(self, *, timeout_s: float = 150.0) -> dict[str, float]:
-        """`check` for callers with an event loop."""
-        return await asyncio.to_thread(self.check, timeout_s=timeout_s)

@@ -95,7 +95,6 @@ def build(
     prompts: Any = None,
     eval_prompts: Any = None,
     name: str = "grpo",
-    policy_threads: int | None = None,
 ) -> GRPOEngine:
     """The engine that the configuration describes; rows may be given in place of files."""
     path = Path(config.model)

@@ -7,6 +7,7 @@ wanted; GRPO then finds out from the reward. Nothing is downloaded: the model is
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -35,6 +36,8 @@ __all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
 
 REINFORCEMENT_STEPS = 60
 """Horizon of GRPO's learning rate: of a run's identity, so it does not follow `num_episode`."""
+WARMUP = "-warmup"
+"""What the name of the first run has more than that of the second."""
 REWARD = "rlhf_flows.deployments.sort_digits:reward"
 
 
@@ -67,6 +70,7 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
         run_name=run,
         store=config.store,
         cluster=config.cluster,
+        log_level=config.log_level,
         runtime=SFTRuntime(
             num_episode=1,
             sample_per_episode=steps * batch,
@@ -94,6 +98,7 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
         store=config.store,
         cluster=config.cluster,
         models=config.models,
+        log_level=config.log_level,
         runtime=GRPORuntime.model_validate(config.runtime.model_dump()),
         model=str(model),
         prompts="prompts of sort_digits",
@@ -125,13 +130,7 @@ async def run(
     config: QuickstartConfig, /, *, progress: Progress | None = None, takeover: bool = False
 ) -> RecipeResult:
     """Warm-up, then GRPO; in one flow run."""
-    return await _as_flow(config, progress=progress, takeover=takeover)
-
-
-async def _as_flow(
-    config: QuickstartConfig, *, progress: Progress | None, takeover: bool
-) -> RecipeResult:
-    name = config.run_name or new_run_name("quickstart")
+    name = _run_name(config) or new_run_name("quickstart")
 
     @flow(name="quickstart", flow_run_name=name, persist_result=False)
     async def train() -> RecipeResult:
@@ -141,6 +140,11 @@ async def _as_flow(
     with without_abort():
         result: RecipeResult = await train()
     return result
+
+
+def _run_name(config: QuickstartConfig) -> str | None:
+    """The name that was asked for; that of the warm-up means the same, to go on with it."""
+    return None if config.run_name is None else config.run_name.removesuffix(WARMUP)
 
 
 async def _train(
@@ -153,11 +157,18 @@ async def _train(
     )  # fmt: skip
     steps = config.warmup_steps * config.warmup_batch_size
     warmup = sft_recipe.build(
-        _warmup(config, base, f"{run_name}-warmup"),
+        _warmup(config, base, run_name + WARMUP),
         dataset=sort_digits.demonstrations(steps, seed=seed),
     )
     warm = await warmup.alearn(progress=progress, takeover=takeover)
-    model = exported_model(config.store.url, warm.run, version=warm.version, module="trainer")
+    model = await asyncio.to_thread(
+        exported_model,
+        config.store.url,
+        warm.run,
+        version=warm.version,
+        module="trainer",
+        retry_budget_s=config.store.retry_budget_s,
+    )
     reinforced = await grpo_recipe.build(
         _reinforcement(config, model, run_name),
         prompts=sort_digits.training_prompts(8192, seed=seed),
@@ -192,7 +203,7 @@ async def quickstart(config: QuickstartConfig = _DEFAULTS) -> None:
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
-    name = config.run_name or f"quickstart-{context.flow_run.id}"
+    name = _run_name(config) or f"quickstart-{context.flow_run.id}"
     await _train(config, name, progress=None, takeover=False)
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, Literal
 
 from prefect import flow
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
@@ -48,13 +48,6 @@ class SFTConfig(EngineConfig):
         default=None,
         description="Render prompts by the chat template; by default chat messages only.",
     )
-
-    @model_validator(mode="after")
-    def _check_horizon(self) -> Self:
-        optimizer = self.optimizer
-        if optimizer.schedule != "constant" and optimizer.total_steps is None:
-            raise ValueError("optimizer.total_steps is missing")
-        return self
 
 
 def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:

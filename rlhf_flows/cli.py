@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +19,7 @@ import typer
 from rich.console import Console
 
 from rlhf_flows.errors import RlhfFlowsError, UserError
+from rlhf_flows.services.delays import Delays
 from rlhf_flows.services.environment import prepare_environment
 
 __all__ = ["app", "main"]
@@ -34,6 +37,7 @@ automations_app = typer.Typer(
     help="Automations on a Prefect server that start crashed runs again.", no_args_is_help=True
 )
 app.add_typer(automations_app, name="automations")
+_DELAYS = Delays()
 
 
 def main() -> None:
@@ -73,12 +77,15 @@ def train(
     loaded = load_config(chosen.config, settings or (), file=config)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
+    if json_file is not None and json_file.is_dir():
+        raise typer.BadParameter(f"{json_file} is a folder: name a file", param_hint="--json")
     from rlhf_flows.reporting.summary import print_summary, summarize, write_summary
     from rlhf_flows.reporting.terminal import TerminalProgress
     from rlhf_flows.services.environment import flow_run_url
-    from rlhf_flows.services.prefect_server import prefect_api
+    from rlhf_flows.services.prefect_server import check_configured_server, prefect_api
 
     console = Console()
+    check_configured_server()
     chosen.check(loaded)
     with prefect_api() as server:
         if server is not None:
@@ -174,16 +181,16 @@ def pools_release(
 def automations_install(
     restart_s: Annotated[
         float, typer.Option(help="Seconds from a crash to the restart.", min=15)
-    ] = 25.0,
+    ] = _DELAYS.restart_s,
     heartbeat_s: Annotated[
         float, typer.Option(help="Seconds without a heartbeat that are a crash.", min=60)
-    ] = 90.0,
+    ] = _DELAYS.heartbeat_s,
     crashes_per_hour: Annotated[
         int, typer.Option(help="Crashes of one flow run that end the restarts.", min=2)
-    ] = 10,
+    ] = _DELAYS.crashes_per_hour,
 ) -> None:
     """Installs them on the server of PREFECT_API_URL, or replaces them there."""
-    from rlhf_flows.services.automations import TAG, Delays, install
+    from rlhf_flows.services.automations import TAG, install
 
     delays = Delays(restart_s=restart_s, heartbeat_s=heartbeat_s, crashes_per_hour=crashes_per_hour)
     with _prefect_client() as client:
@@ -215,19 +222,30 @@ def automations_ls() -> None:
         Console().print("none: `rlhf-flows automations install` makes them")
 
 
-def _prefect_client() -> Any:
-    """A client of the server that is configured. Raises ConfigError where none is."""
+@contextmanager
+def _prefect_client() -> Iterator[Any]:
+    """A client of the server that is configured. Raises ConfigError where none is, or it fails."""
+    import httpx
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_URL
 
     from rlhf_flows.errors import ConfigError
+    from rlhf_flows.services.environment import is_server_configured
+    from rlhf_flows.services.prefect_server import check_configured_server
 
-    if not PREFECT_API_URL.value():
+    if not is_server_configured():
         raise ConfigError(
             "no Prefect server is configured: automations live on one that stays, so start it with"
             " `prefect server start` and set PREFECT_API_URL, such as http://127.0.0.1:4200/api"
         )
-    return get_client(sync_client=True)
+    check_configured_server()
+    with get_client(sync_client=True) as client:
+        try:
+            yield client
+        except httpx.HTTPStatusError as e:
+            raise ConfigError(
+                f"the Prefect server at {client.api_url} refuses: {e}. Check PREFECT_API_URL, and"
+                " PREFECT_API_KEY or PREFECT_API_AUTH_STRING where it asks for one"
+            ) from e
 
 
 if __name__ == "__main__":

@@ -38,8 +38,11 @@ MAY_CHANGE = frozenset(
         "cluster",
         "log_level",
         "models.*.num_replica",
+        "models.*.ranks_per_replica",
         "models.*.num_threads",
         "models.*.num_cpu",
+        "models.*.num_gpu",
+        "models.*.memory_bytes",
         "runtime.num_episode",
         "runtime.shard_timeout_s",
         "runtime.setup_timeout_s",
@@ -51,7 +54,9 @@ MAY_CHANGE = frozenset(
         "runtime.max_quarantined",
     }
 )
-"""Fields that may differ when a run is resumed: none of them changes what is computed."""
+"""Fields that may differ when a run is resumed: none of them changes what is asked for. Another
+number of ranks or threads of a trained module, or another device, changes the order of sums, and so
+the last bits of its weights."""
 
 
 class StoreConfig(Settings):
@@ -164,7 +169,10 @@ class RuntimeConfig(Settings):
         default=600.0, gt=0, description="For a module to load its model."
     )
     shard_timeout_s: float = Field(
-        default=1800.0, gt=0, description="For one module call on a shard."
+        default=1800.0,
+        gt=0,
+        description="For one module call on a shard. On top of this and of the next two comes what"
+        " a worker may wait for a store that is away, store.retry_budget_s.",
     )
     train_timeout_s: float = Field(default=3600.0, gt=0, description="For one optimizer step.")
     sync_timeout_s: float = Field(
@@ -184,7 +192,7 @@ class RuntimeConfig(Settings):
     max_replica_restarts: int = Field(
         default=3,
         ge=0,
-        description="Restarts of one pool's replicas within a phase before it fails.",
+        description="Deaths of one replica before its pool fails, nothing finished in between.",
     )
     max_quarantined: int = Field(
         default=8,
@@ -239,9 +247,7 @@ class EngineConfig(Settings):
     models: dict[str, ModelConfig] = Field(
         default_factory=dict, description="Placement of modules, by name."
     )
-    log_level: str = Field(
-        default="WARNING", description="Of the workers and of Prefect's loggers."
-    )
+    log_level: str = Field(default="WARNING", description="Of the workers.")
 
     def for_model(self, name: str) -> ModelConfig:
         return self.models.get(name, ModelConfig())

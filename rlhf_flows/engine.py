@@ -7,6 +7,7 @@ of it in this process (`rlhf_flows.attempt`), and only then reaches for a cluste
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import contextvars
 import threading
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -118,6 +119,9 @@ class Engine:
         Raises:
             UserError: something asked for is wrong; nothing expensive was started.
             FencedError: a newer attempt took over.
+            RunCancelledError: the run was cancelled in Prefect.
+            Pause, Abort: of Prefect, inside a flow of one's own: let them pass, they tell its
+                engine that the flow run was suspended, or that its state is another's to set.
         """
         return _in_own_loop(lambda: self.alearn(takeover=takeover, progress=progress, **settings))
 
@@ -228,11 +232,14 @@ def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
     outcome: list[T] = []
     failure: list[BaseException] = []
     running: list[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = []
+    interrupted = threading.Event()
 
     async def main() -> T:
         task = asyncio.current_task()
         assert task is not None
         running.append((asyncio.get_running_loop(), task))
+        if interrupted.is_set():  # before there was a task to cancel
+            raise asyncio.CancelledError
         return await make()
 
     def work() -> None:
@@ -242,13 +249,16 @@ def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:
             failure.append(e)
 
     thread = threading.Thread(target=work, name="rlhf_flows.learn")
-    thread.start()
     try:
+        thread.start()
         thread.join()
     except BaseException:  # Ctrl-C, or the signal by which a worker stops a flow
+        interrupted.set()
         for loop, task in running:
-            loop.call_soon_threadsafe(task.cancel)
-        thread.join()
+            with contextlib.suppress(RuntimeError):  # the loop is closed: it came to its end
+                loop.call_soon_threadsafe(task.cancel)
+        if thread.is_alive():
+            thread.join()
         raise
     if failure:
         raise failure[0]

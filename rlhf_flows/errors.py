@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "FencedError",
     "GraphError",
+    "InputLostError",
     "NoAnswerError",
     "NonFiniteError",
     "NotBegunError",
@@ -160,3 +161,7 @@ class NoAnswerError(WaitTimeoutError):
 
 class NotBegunError(WaitTimeoutError):
     """Work that no replica began: none came free, or none got ready. Says nothing of the work."""
+
+
+class InputLostError(NotBegunError):
+    """A reference that the work was given is lost: what it stood for may be in the store."""

@@ -16,21 +16,30 @@ from rlhf_flows.store import (
     read_json,
     scan,
 )
+from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["export_model", "exported_model"]
 
 
-def exported_model(url: str, run: str, *, version: int | None = None, module: str = "") -> Path:
+def exported_model(
+    url: str,
+    run: str,
+    *,
+    version: int | None = None,
+    module: str = "",
+    retry_budget_s: float = BRIEF_S,
+) -> Path:
     """A local folder with the weights of a policy version: in the store itself where it is local.
 
     Args:
         version: The newest by default.
         module: Which trained module; needed where the run trains several.
+        retry_budget_s: How long an outage of the store is waited for.
 
     Raises:
         ConfigError: no such run, version or module, or its weights were deleted by retention.
     """
-    store = open_store(url)
+    store = open_store(url, retry_budget_s=retry_budget_s)
     record = _weights(store, run, version, module)
     if store.url.startswith("file://"):
         return Path(store.url.removeprefix("file://")) / record.prefix
@@ -43,6 +52,8 @@ def export_model(
     url: str, run: str, folder: Path, *, version: int | None = None, module: str = ""
 ) -> Path:
     """Copies the weights of a policy version to `folder`, verified file by file."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file: name a new or an empty folder for the model")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"the folder {folder} is not empty: name another one for the model")
     store = open_store(url)

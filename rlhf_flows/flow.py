@@ -5,7 +5,7 @@ Version `v` is what training of episode `v - 1` committed. The edges (design, se
 - rollout of episode e: the sync to the version that it samples from, and the rollout before it;
 - scoring of e: consumes rollout of e shard by shard;
 - training of e: training of e - 1, and scoring of e shard by shard;
-- sync to v: training of v - 1, and everybody who still reads the pools at an older version;
+- sync to v: training of v - 1, and everybody who still asks the samplers for an older version;
 - evaluation of v: the sync to v.
 
 With `max_staleness=0` these edges leave no choice: on-policy. With 1 the rollout of e + 1 has no
@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_flows.errors import TransientError
+from rlhf_flows.store import ShardPhase
 from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.evaluation import evaluation_digest
 from rlhf_flows.tasks.retention import retain
+from rlhf_flows.together import together
 
 __all__ = ["RunResult", "is_finished", "phases_of", "run_episodes"]
 
@@ -120,6 +121,8 @@ class _Phases:
             if runtime.trainer is not None:
                 self._start("training", episode, self._training(episode))
             self._start_synced(episode + 1)
+        if self.last and runtime.evaluator is not None:
+            self._start("last retention", self.last, self._last_retention())
 
     def _start_synced(self, version: int) -> None:
         if self.runtime.syncs and self.is_synced(version):
@@ -176,18 +179,33 @@ class _Phases:
 
     async def _retention(self, version: int) -> None:
         await self._after(("retention", version - 1))
+        await self._retain(version)
+
+    async def _last_retention(self) -> None:
+        """Lets go of what was to be evaluated yet when the last version was committed."""
+        await self._after(("training", self.last - 1))
+        evaluations = [("evaluation", v) for v in range(self.last + 1)]
+        await self._after(("retention", self.last), *evaluations)
+        await self._retain(self.last)
+
+    async def _retain(self, newest: int) -> None:
+        due = {v for v in range(1, newest + 1) if self.is_evaluated(v)}
+        needed = due - self._evaluated_versions() - self.evaluations.keys()
         try:
-            await retain(self.runtime, newest=version)
+            await retain(self.runtime, newest=newest, needed=needed)
         except TransientError as e:
             logger.warning("old weights were not deleted, the next version tries again: %s", e)
 
     async def _sync(self, version: int) -> None:
         staleness = self.runtime.config.runtime.max_staleness
-        readers = [
-            ("rollout", e)
+        episodes = [
+            e
             for e in range(self.first, min(version + staleness, self.last))
             if self.runtime.sampling_version(e) < version
         ]
+        # A module that follows a trainer may be asked in scoring, too, and there alone.
+        phases: tuple[ShardPhase, ...] = ("rollout", "scoring")
+        readers = [(p, e) for p in phases if self.runtime.followed_in(p) for e in episodes]
         evaluations = [("evaluation", v) for v in range(version)]
         await self._after(("training", version - 1))
         # Only now are all readers scheduled: the schedule runs a few episodes ahead of training.
@@ -233,11 +251,11 @@ class _Phases:
     def missing_evaluations(self, below: int) -> list[int]:
         """Versions below `below` that should be evaluated, are not, and have their weights."""
         done = self._evaluated_versions()
-        kept = {0} | self.runtime.versions_with_weights()
+        lost = self.runtime.versions_without_weights()
         return [
             v
             for v in range(min(below, self.first + 1))
-            if self.is_evaluated(v) and v not in done and v in kept
+            if self.is_evaluated(v) and v not in done and v not in lost
         ]
 
     async def result(self) -> RunResult:

@@ -9,23 +9,21 @@ are left out.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
 from rlhf_flows.data.stream import ShardHandle
 from rlhf_flows.errors import NoAnswerError, ReplicaDiedError, UserError, WaitTimeoutError
 from rlhf_flows.graph import BATCH, Graph, Node
-from rlhf_flows.pools import Commit, ForwardCall, NodeReport, Source, StoredShard
+from rlhf_flows.pools import ForwardCall, NodeReport, Source, StoredShard
 from rlhf_flows.pools.messages import SOURCE
 from rlhf_flows.tasks.bisection import Failure, find_culprits
 from rlhf_flows.tasks.runtime import Runtime
 
-__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard", "together"]
+__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard"]
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +143,6 @@ async def run_shard(
         )
         searched_in_vain = not culprits
         if culprits:
-            for node in phase.nodes:
-                runtime.pools[node.module].excuse(_what(phase, job, node))
             left_out = await blame(culprits)
             job = job.keeping(set(job.samples) - set(left_out))
     handle = ShardHandle(index=job.index, key="", rows=0)
@@ -236,7 +232,7 @@ async def _run_nodes(
             samples=frozenset(job.samples) if job.is_cut else None,
             version=job.versions.get(node.module),
             batch_size=runtime.config.for_model(node.module).generation_batch_size,
-            commit=Commit(key=job.key) if commits else None,
+            commit_key=job.key if commits else None,
         )
         try:
             table, source, report = await runtime.pools[node.module].call(
@@ -294,18 +290,3 @@ def mean_metrics(reports: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str
             total, count = sums.get(name, (0.0, 0))
             sums[name] = (total + mean * rows, count + rows)
     return {name: total / count for name, (total, count) in sums.items() if count}
-
-
-@contextlib.asynccontextmanager
-async def together() -> AsyncIterator[asyncio.TaskGroup]:
-    """A task group that raises its first failure itself, not a group of one."""
-    try:
-        async with asyncio.TaskGroup() as group:
-            yield group
-    except BaseExceptionGroup as failures:
-        raise _first_leaf(failures) from failures
-
-
-def _first_leaf(failures: BaseExceptionGroup[BaseException]) -> BaseException:
-    first = failures.exceptions[0]
-    return _first_leaf(first) if isinstance(first, BaseExceptionGroup) else first

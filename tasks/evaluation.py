@@ -24,10 +24,11 @@ from rlhf_flows.pools import Source
 from rlhf_flows.pools.shards import metrics_of
 from rlhf_flows.store import EvaluationState, commit_json, read_json
 from rlhf_flows.tasks.bisection import Failure
-from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard, together
+from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
 from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.together import together
 
 __all__ = ["evaluation", "evaluation_digest"]
 
@@ -40,6 +41,7 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
     started = time.perf_counter()
     digest = evaluation_digest(runtime)
     done_key = runtime.layout.evaluation_done(version, digest)
+    await runtime.begin("evaluation", version)
     state = runtime.state.evaluations.get((version, digest))
     if state is not None and state.done:
         payload = await asyncio.to_thread(read_json, runtime.store, done_key)
@@ -50,7 +52,7 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
     payload = {
         "version": version,
         "rows": found.plan.num_samples - len(found.blamed),
-        "quarantined": [blamed.to_json() for blamed in found.blamed],
+        "quarantined": [found.blamed[name].to_json() for name in sorted(found.blamed)],
         "metrics": metrics,
         "seconds": seconds,
     }
@@ -65,7 +67,8 @@ class _Evaluation:
         assert runtime.evaluator is not None
         graph = runtime.evaluator
         self.plan = _plan(runtime)
-        self.blamed: list[Blamed] = []
+        self.blamed: dict[str, Blamed] = {}
+        """By sample id."""
         self._runtime = runtime
         self._version, self._digest = version, digest
         self._phase = PhaseGraph.of("evaluation", graph, frozenset(n.id for n in graph.nodes))
@@ -74,8 +77,6 @@ class _Evaluation:
     async def run(self, state: EvaluationState) -> dict[str, float]:
         """The means over all samples that were not left out."""
         runtime = self._runtime
-        for node in self._phase.nodes:
-            runtime.pools[node.module].begin_phase()
         runtime.progress.started("evaluation", self._version, len(self.plan.shards))
         generations = {i: state.next_generation(i) for i in range(len(self.plan.shards))}
         found = []
@@ -99,41 +100,49 @@ class _Evaluation:
         except DataDamageError as e:
             raise ShardDamageError(f"the shard {store.url}/{key} is damaged: {e}", key=key) from e
         there = set(batch["sample_id"])
-        self.blamed += [
-            Blamed(
-                sample_id=name,
-                phase="evaluation",
-                module=self._phase.nodes[-1].module,
-                cause="left out by an earlier attempt, whose log says why",
-            )
-            for name in self._columns(index)["sample_id"]
-            if name not in there
-        ]
+        for name in self._columns(index)["sample_id"]:
+            if name not in there:
+                blamed = Blamed(
+                    sample_id=name,
+                    phase="evaluation",
+                    module=self._phase.nodes[-1].module,
+                    cause="left out by an earlier try, whose log says why",
+                )
+                self.blamed.setdefault(name, blamed)
         return metrics_of(batch)
 
     async def _make(self, index: int, generation: int) -> dict[str, tuple[float, int]]:
+        """Makes a shard, or adopts the one that somebody was faster with, and who it lacks."""
         runtime, version = self._runtime, self._version
         columns = self._columns(index)
-        job = ShardJob(
-            index=index,
-            episode=version,
-            key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
-            versions={pair.target: version for pair in runtime.syncs},
-            groups=tuple((name,) for name in columns["sample_id"]),
-            source=Source(dataset="eval", columns=columns),
-        )
-        _, report = await run_shard(runtime, self._phase, job, blame=self._blame)
-        self._done += 1
-        runtime.progress.advanced("evaluation", version, self._done)
-        return dict(report.metrics)
+        while True:
+            job = ShardJob(
+                index=index,
+                episode=version,
+                key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
+                versions={pair.target: version for pair in runtime.syncs},
+                groups=tuple((name,) for name in columns["sample_id"]),
+                source=Source(dataset="eval", columns=columns),
+            )
+            try:
+                _, report = await run_shard(runtime, self._phase, job, blame=self._blame)
+                metrics = dict(report.metrics)
+                if report.adopted:
+                    metrics = await asyncio.to_thread(self._read, index, report.key)
+            except ShardDamageError as damage:
+                generation = (await runtime.bury(damage)).generation + 1
+            else:
+                self._done += 1
+                runtime.progress.advanced("evaluation", version, self._done)
+                return metrics
 
     async def _blame(self, culprits: Mapping[str, Failure]) -> Collection[str]:
-        self.blamed += [
-            Blamed(sample_id=name, phase="evaluation", module=f.module, cause=f.cause)
-            for name, f in culprits.items()
-        ]
+        for name, f in culprits.items():
+            self.blamed[name] = Blamed(
+                sample_id=name, phase="evaluation", module=f.module, cause=f.cause
+            )
         where = f"evaluation of version {self._version} of run {self._runtime.run!r}"
-        refuse_more(self._runtime, where, self.blamed)
+        refuse_more(self._runtime, where, list(self.blamed.values()))
         for name in culprits:
             logger.warning("%s goes on without %s", where, name)
         return culprits.keys()

@@ -1,13 +1,11 @@
 """Param sync: the new weights into every replica that samples with them, checked twice.
 
 The digest of the bytes is checked before they are loaded, log-probabilities of probe sequences
-after: some engines re-lay weights as they load, so they cannot be read back. A failed load leaves
-an engine in no known state; the replica is then replaced and brought to the version from scratch.
+after: some engines re-lay weights as they load, so they cannot be read back.
 """
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from rlhf_flows.errors import SyncError
 from rlhf_flows.pools import Pool, Replica
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime, SyncPair
+from rlhf_flows.together import together
 
 __all__ = ["param_sync"]
 
@@ -31,7 +30,9 @@ async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
     """Brings every sampler to `version`. Leaves no record: each attempt asks what is held."""
     started = time.perf_counter()
     runtime.progress.started("param_sync", version, len(runtime.syncs))
-    gaps = await asyncio.gather(*(_sync(runtime, pair, version) for pair in runtime.syncs))
+    async with together() as group:
+        syncs = [group.create_task(_sync(runtime, pair, version)) for pair in runtime.syncs]
+    gaps = [sync.result() for sync in syncs]
     seconds = time.perf_counter() - started
     metrics = {"probe_gap": max(found)} if (found := [g for g in gaps if g is not None]) else {}
     runtime.progress.finished("param_sync", version, seconds, metrics)
@@ -40,23 +41,19 @@ async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
 
 async def _sync(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
     pool = runtime.pools[pair.target]
-    pool.begin_phase()
     async with pool.moving:
-        await asyncio.gather(*(_bring(runtime, pool, r, version) for r in pool.replicas))
+        async with together() as group:
+            for replica in pool.replicas:
+                group.create_task(_bring(runtime, pool, replica, version))
         if not runtime.config.runtime.sync_probe:
             return None
         return await _probe(runtime, pair, version)
 
 
 async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -> None:
-    if replica.alive and replica.version == version:
-        return
-    try:
-        if not replica.alive:
-            await pool.rebuild(replica)
-        await runtime.bring_to(pool, replica, version)
-    except SyncError:
+    if not replica.alive:
         await pool.rebuild(replica)
+    if replica.version != version:
         await runtime.bring_to(pool, replica, version)
 
 

@@ -1,55 +1,52 @@
-"""Which weights and training states are kept: the newest few, and what a plan may still name."""
+"""Which weights and training states are kept: the newest few, and what somebody still needs.
+
+A plan to come may name a version, and an evaluation that is due needs its own, whoever dies
+meanwhile: a sampler that comes back, or the next attempt, takes the weights from here.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 
 from rlhf_flows.pools import CheckpointRecord
-from rlhf_flows.store import delete_folder
+from rlhf_flows.store import FolderRecord, delete_folder
 from rlhf_flows.tasks.runtime import Runtime
 
 __all__ = ["retain"]
 
 
-async def retain(runtime: Runtime, *, newest: int) -> None:
+async def retain(runtime: Runtime, *, newest: int, needed: Collection[int] = ()) -> None:
     """Deletes what is older than `runtime.keep_last` versions and named by no plan to come.
 
     Training state is kept for the last `keep_last` full checkpoints, so that a run with
     `save_episode_interval` above 1 always has one to go back to.
+
+    Args:
+        newest: The newest policy version.
+        needed: Versions whose weights are kept in any case: those still to be evaluated.
     """
-    settings = runtime.config.runtime
+    keep_last = runtime.config.runtime.keep_last
     # The oldest version that an unfinished episode samples from.
     named = runtime.sampling_version(newest)
+    left = set(range(1, newest + 1)) - runtime.versions_without_weights()
     full = 0
-    gone = frozenset(runtime.gone)
+    doomed: list[FolderRecord] = []
     for version in range(newest, 0, -1):
         payload = await runtime.commit_of(version)
-        is_full = False
-        all_doomed = []
-        for entry in payload["checkpoints"].values():
-            record = CheckpointRecord.from_json(entry)
-            is_full = is_full or record.state is not None
-            doomed = []
-            if record.state is not None and full >= settings.keep_last:
-                doomed.append(record.state)
-            if (
-                record.weights is not None
-                and version <= newest - settings.keep_last
-                and version < named
-                and full >= settings.keep_last
-            ):
-                doomed.append(record.weights)
-            all_doomed += [folder.prefix for folder in doomed]
-            for folder in doomed:
-                if folder.prefix not in runtime.gone:
-                    await asyncio.to_thread(
-                        delete_folder,
-                        runtime.store,
-                        runtime.layout,
-                        folder,
-                        f"retention after version {newest}",
-                    )
-                    runtime.gone.add(folder.prefix)
-        full += is_full
-        if all_doomed and gone.issuperset(all_doomed):
-            break  # an earlier call was here already
+        records = [CheckpointRecord.from_json(entry) for entry in payload["checkpoints"].values()]
+        is_settled = full >= keep_last
+        is_old = version <= newest - keep_last and version < named and version not in needed
+        old = [r.state for r in records if r.state is not None and is_settled]
+        old += [r.weights for r in records if r.weights is not None and is_settled and is_old]
+        full += any(r.state is not None for r in records)
+        are_gone = bool(old) and runtime.gone.issuperset(folder.prefix for folder in old)
+        if are_gone and min(left, default=newest) > version:
+            break  # an earlier call was here already, and has left nothing below
+        doomed += old
+    # The oldest first: whoever is killed here leaves no gap that would hide what is below it.
+    for folder in reversed(doomed):
+        if folder.prefix not in runtime.gone:
+            reason = f"retention after version {newest}"
+            await asyncio.to_thread(delete_folder, runtime.store, runtime.layout, folder, reason)
+            runtime.gone.add(folder.prefix)

@@ -11,13 +11,13 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
-from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError
+from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError, SyncError
 from rlhf_flows.graph import Graph
 from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
 from rlhf_flows.store import (
@@ -92,6 +92,9 @@ class EpisodeData:
     blaming: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who adds to `quarantine`."""
 
+    def stream(self, phase: ShardPhase) -> StreamDataset:
+        return self.rollout if phase == "rollout" else self.scored
+
 
 class Runtime:
     """Not a dataclass on purpose: Prefect walks through dataclass parameters, and this is large."""
@@ -138,6 +141,7 @@ class Runtime:
         self._buried: dict[tuple[ShardPhase, int, int], int] = {}
         """(phase, episode, shard index) -> newest generation that this attempt found damaged."""
         self._episodes: dict[int, EpisodeData] = {}
+        self._begun: set[tuple[str, int]] = set()
         self._planning = asyncio.Lock()
         self._sending: dict[tuple[str, int], asyncio.Future[Any]] = {}
         for pool in pools.values():
@@ -164,6 +168,21 @@ class Runtime:
         """Makes the plan of an episode ahead of its time, if there is such an episode."""
         if number < self.config.runtime.num_episode:
             await self.episode(number)
+
+    async def begin(self, phase: ShardPhase | Literal["evaluation"], number: int) -> None:
+        """Before a phase asks what is missing of an episode or an evaluation.
+
+        Where it began before, its task is retried, and the run is listed anew: calls whose answers
+        nobody heard may have committed shards since, and records of quarantine with them.
+        """
+        if (phase, number) in self._begun:
+            await self.look_again()
+            if phase != "evaluation" and number in self._episodes:
+                data = self._episodes[number]
+                for record in await asyncio.to_thread(self._blamed, number):
+                    data.quarantine.add(record)
+                self._take_in(data, phase)
+        self._begun.add((phase, number))
 
     async def look_again(self) -> None:
         """Lists the run anew: what this attempt made and let go of is there, too."""
@@ -231,22 +250,27 @@ class Runtime:
         ]
 
     def _streams(self, plan: EpisodePlan, quarantine: Quarantine) -> EpisodeData:
-        found = self.state.episode(plan.episode)
         size = len(plan.shards)
-        rollout = StreamDataset.rebuild(
-            found.rollout, num_shards=size, name=f"rollout of episode {plan.episode}"
-        )
+        rollout = StreamDataset(size, name=f"rollout of episode {plan.episode}")
         scored = rollout
         if self.scoring_nodes:
-            scored = StreamDataset.rebuild(
-                found.scoring, num_shards=size, name=f"scoring of episode {plan.episode}"
-            )
-        for phase, stream in (("rollout", rollout), ("scoring", scored)):
-            for index in stream.missing:
-                if not quarantine.kept(phase, index):
-                    # All of its groups are left out: no object will ever come.
-                    stream.append(ShardHandle(index=index, key="", rows=0))
-        return EpisodeData(plan=plan, rollout=rollout, scored=scored, quarantine=quarantine)
+            scored = StreamDataset(size, name=f"scoring of episode {plan.episode}")
+        data = EpisodeData(plan=plan, rollout=rollout, scored=scored, quarantine=quarantine)
+        self._take_in(data, "rollout")
+        self._take_in(data, "scoring")
+        return data
+
+    def _take_in(self, data: EpisodeData, phase: ShardPhase) -> None:
+        """Appends the shards that were listed, and those of which nothing is left."""
+        found = self.state.episode(data.plan.episode)
+        keys = found.rollout if phase == "rollout" else found.scoring
+        stream = data.stream(phase)
+        for index in stream.missing:
+            if index in keys:
+                stream.append(ShardHandle(index=index, key=keys[index]))
+            elif not data.quarantine.kept(phase, index):
+                # All of its groups are left out: no object will ever come.
+                stream.append(ShardHandle(index=index, key="", rows=0))
 
     # ---- damage ---------------------------------------------------------------------------
 
@@ -282,18 +306,12 @@ class Runtime:
         logger.warning("%s: it is made again as generation %d", damage, parts.generation + 1)
         return parts
 
-    def weights_are_deleted(self, version: int) -> bool:
-        """Whether retention has deleted the weights of a policy version."""
-        prefix = f"{self.run}/weights/version={version:06d}/"
-        return any(folder.startswith(prefix) for folder in self.gone)
-
-    def versions_with_weights(self) -> set[int]:
-        """Trained versions whose weights retention has left."""
-        gone = {prefix for prefix in self.gone if f"{self.run}/weights/" in prefix}
-        deleted = {int(p.split("version=")[1].split("/")[0]) for p in gone}
-        return set(range(1, self.state.trained_episodes + 1)) - deleted
-
     # ---- where the weights are ------------------------------------------------------------
+
+    def versions_without_weights(self) -> set[int]:
+        """Trained versions whose weights retention has deleted, or began to."""
+        versions = (self.layout.version_of_weights(prefix) for prefix in self.gone)
+        return {version for version in versions if version is not None}
 
     async def commit_of(self, version: int) -> dict[str, Any]:
         """The payload of the commit that made `version` (1 or more)."""
@@ -311,6 +329,13 @@ class Runtime:
                 f"the commit of version {version} of run {self.run!r} names no checkpoint of"
                 f" {module!r}: it was written by another configuration"
             ) from e
+
+    def followed_in(self, phase: ShardPhase) -> list[str]:
+        """The modules that take part in a phase of the environment with a trainer's weights."""
+        nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
+        graph = self.environment
+        modules = {n.module for n in graph.nodes if n.id in nodes} if graph is not None else set()
+        return sorted(modules & {pair.target for pair in self.syncs})
 
     def source_of(self, target: str) -> str:
         """The trained module whose weights `target` follows."""
@@ -345,30 +370,37 @@ class Runtime:
         return source
 
     async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:
-        """Brings one replica of a sampler to a policy version: from the trainer, else the store."""
+        """Brings one replica of a sampler to a policy version: from the trainer, else the store.
+
+        A failed load leaves an engine in no known state: the replica is then replaced, and loads
+        from the store.
+        """
         module = self.source_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
             return
         timeout_s = self.config.runtime.sync_timeout_s
-        what = f"loading the weights of version {version}"
-        source = await self.weights_of(module, version)
-        if source is not None:
-            replica.state = await pool.on_replica(
-                replica,
-                "receive_weights",
-                self.attempt,
-                source,
-                timeout_s,
-                what=what,
-                timeout_s=timeout_s,
-            )
-        else:
-            record = replace(await self.checkpoint_of(module, version), state=None)
-            replica.state = await pool.on_replica(
-                replica, "restore", self.attempt, record, version, what=what, timeout_s=timeout_s
-            )
+        for is_last in (False, True):
+            source = None if is_last else await self.weights_of(module, version)
+            args: tuple[Any, ...]
+            if source is not None:
+                method, args = "receive_weights", (source, timeout_s)
+            else:
+                record = replace(await self.checkpoint_of(module, version), state=None)
+                method, args = "restore", (record, version)
+            what = f"loading the weights of version {version}"
+            try:
+                replica.state = await pool.on_replica(
+                    replica, method, self.attempt, *args, what=what, timeout_s=timeout_s
+                )
+            except SyncError as e:
+                if is_last:
+                    raise
+                logger.warning("%s", e)
+                await pool.rebuild(replica)
+            else:
+                return
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

@@ -11,6 +11,7 @@ on its way. Shards that turn out to be damaged are put back (`repair`).
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -19,7 +20,13 @@ from typing import Any
 from prefect import task
 
 from rlhf_flows.data.plan import GroupRef, training_batches
-from rlhf_flows.errors import PoolError, ShardDamageError, StoreDamageError
+from rlhf_flows.errors import (
+    InputLostError,
+    NotBegunError,
+    PoolError,
+    ShardDamageError,
+    StoreDamageError,
+)
 from rlhf_flows.graph import Node
 from rlhf_flows.pools import (
     CheckpointRecord,
@@ -34,8 +41,11 @@ from rlhf_flows.store import commit_json
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+from rlhf_flows.together import together
 
 __all__ = ["training"]
+
+logger = logging.getLogger(__name__)
 
 
 @task(name="training", task_run_name="training {episode}", **PHASE)
@@ -44,12 +54,17 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     started = time.perf_counter()
     data = await runtime.episode(episode)
     nodes = _trained_nodes(runtime)
-    await asyncio.gather(*(_ensure_version(runtime, node, episode) for node in nodes))
+    async with together() as group:
+        for node in nodes:
+            group.create_task(_ensure_version(runtime, node, episode))
     metrics = await _train_episode(runtime, data, nodes, report=True)
     # Nothing of the next plan hangs on this training: nobody has to wait for it later.
-    records, _ = await asyncio.gather(
-        _checkpoints(runtime, nodes, version=episode + 1), runtime.prepare(episode + 1)
-    )
+    async with together() as group:
+        group.create_task(runtime.prepare(episode + 1))
+        saving = [
+            group.create_task(_checkpoint(runtime, node, version=episode + 1)) for node in nodes
+        ]
+    records = [saved.result() for saved in saving]
     rows = _row_counts(runtime, data, nodes[0], metrics)
     await _commit(runtime, data, records, metrics, rows, time.perf_counter() - started)
     for node in nodes:
@@ -79,18 +94,25 @@ async def _train_episode(
             shuffle=settings.data_shuffle,
         )
     ]
-    given: dict[str, set[int]] = {node.module: set() for node in nodes}
+    given: dict[str, dict[int, frozenset[str]]] = {node.module: {} for node in nodes}
     measured: list[dict[str, float]] = []
     if report:
         runtime.progress.started("training", data.plan.episode, len(batches))
     for index in range(len(batches)):
-        calls = [
-            _step(runtime, data, node, batches=batches, index=index, given=given[node.module])
-            for node in nodes
-        ]
-        measured.append(_merge_metrics(nodes, await asyncio.gather(*calls)))
+        async with together() as group:
+            steps = [
+                group.create_task(
+                    _step(
+                        runtime, data, node, batches=batches, index=index, given=given[node.module]
+                    )
+                )
+                for node in nodes
+            ]
+        measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
         if report:
             runtime.progress.advanced("training", data.plan.episode, index + 1)
+    for node in nodes:
+        _refuse_blame(data, node, given[node.module])
     return _over_updates(measured)
 
 
@@ -101,70 +123,105 @@ async def _step(
     *,
     batches: Sequence[Sequence[GroupRef]],
     index: int,
-    given: set[int],
+    given: dict[int, frozenset[str]],
 ) -> Mapping[str, float]:
-    """One optimizer step of one module, once the shards that it needs are there."""
+    """One optimizer step of one module, once the shards that it needs are there.
+
+    Args:
+        given: Shards that the module has, and which of their samples were left out.
+    """
     episode = data.plan.episode
     timeout_s = runtime.config.runtime.train_timeout_s
     module = runtime.trainer.modules[node.module] if runtime.trainer else None
     whole = bool(module and module.wants_episode(len(batches)))  # type: ignore[attr-defined]
     needed = {ref.shard for batch in (batches if whole else [batches[index]]) for ref in batch}
-    new = sorted(needed - given)
+    new = sorted(needed - given.keys())
     if runtime.environment is not None:
         await data.scored.wait_for(new, timeout_s=timeout_s)
         if runtime.rollout_nodes and data.rollout is not data.scored:
             # A scored shard is there where its rollout shard was damaged and is being made again.
             await data.rollout.wait_for(new, timeout_s=timeout_s)
-    # From here on it is known who of these shards is left out.
-    call = TrainCall(
-        attempt=runtime.attempt,
-        episode=episode,
-        version=episode,
-        index=index,
-        iteration=episode * len(batches) + index,
-        num_updates=len(batches),
-        method=node.method,
-        rows=_rows(data, batches[index]),
-        episode_rows=(
-            tuple(_rows(data, batch) for batch in batches) if whole and index == 0 else None
-        ),
-        left_out=data.quarantine.left_out(new),
-    )
     what = f"step {index + 1} of {len(batches)} of training of episode {episode} ({node.label})"
     pool, replica = _trainer(runtime, node)
     replica.state = replace(replica.state, clean=False)
+    from_store = False
     while True:
-        complete, tables = _shards(runtime, data, call, new)
+        _refuse_blame(data, node, given)
+        left_out = {shard: data.quarantine.left_out([shard]) for shard in new}
+        call = TrainCall(
+            attempt=runtime.attempt,
+            episode=episode,
+            version=episode,
+            index=index,
+            iteration=episode * len(batches) + index,
+            num_updates=len(batches),
+            method=node.method,
+            rows=_rows(data, batches[index]),
+            episode_rows=(
+                tuple(_rows(data, batch) for batch in batches) if whole and index == 0 else None
+            ),
+            left_out=frozenset().union(*left_out.values()),
+        )
+        complete, tables = _shards(runtime, data, call, new, from_store=from_store)
         try:
             metrics: Mapping[str, float] = await pool.call(
                 "train", complete, *tables, what=what, timeout_s=timeout_s
             )
         except ShardDamageError as damage:
-            # The worker reads all shards before it does anything: the call can be made again.
+            # The worker reads all shards before it does anything: the call can be made again. Who
+            # is left out may be known anew by then.
             await repair(runtime, data, damage)
+        except InputLostError as e:
+            if from_store:
+                raise
+            logger.warning("%s: it is read from the store", e)
+            from_store = True
         else:
-            given.update(new)
+            given.update(left_out)
             return metrics
 
 
+def _refuse_blame(data: EpisodeData, node: Node, given: Mapping[int, frozenset[str]]) -> None:
+    """Rows are counted without those left out: what a module was given cannot lose one later.
+
+    Raises:
+        NotBegunError: that happened, in the repair of a shard; the episode is trained again.
+    """
+    for shard, left_out in given.items():
+        if data.quarantine.left_out([shard]) != left_out:
+            raise NotBegunError(
+                f"a sample of shard {shard} of episode {data.plan.episode} was quarantined after"
+                f" {node.label} was given that shard: training of the episode starts again"
+            )
+
+
 def _shards(
-    runtime: Runtime, data: EpisodeData, call: TrainCall, indices: Sequence[int]
+    runtime: Runtime,
+    data: EpisodeData,
+    call: TrainCall,
+    indices: Sequence[int],
+    *,
+    from_store: bool,
 ) -> tuple[TrainCall, list[Any]]:
     """The call with the shards that go with it, and their tables."""
     if runtime.environment is None:
         sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in indices]
         return replace(call, sources=tuple(sources)), []
-    tables = [(i, _tables(data, i)) for i in indices if data.scored[i].rows != 0]
+    tables = [
+        (i, _tables(data, i, from_store=from_store)) for i in indices if data.scored[i].rows != 0
+    ]
     counts = tuple((i, len(some)) for i, some in tables)
     return replace(call, shards=counts), [table for _, some in tables for table in some]
 
 
-def _tables(data: EpisodeData, index: int) -> list[Any]:
+def _tables(data: EpisodeData, index: int, *, from_store: bool) -> list[Any]:
     """A scored shard in its parts: what was sampled, if anything was, and what was scored."""
     parts = [data.scored[index]]
     if data.scored is not data.rollout and index not in data.rollout.missing:
         parts.insert(0, data.rollout[index])
-    return [StoredShard(key=part.key) if part.ref is None else part.ref for part in parts]
+    return [
+        StoredShard(key=part.key) if from_store or part.ref is None else part.ref for part in parts
+    ]
 
 
 def _rows(data: EpisodeData, batch: Sequence[GroupRef]) -> tuple[TrainRows, ...]:
@@ -184,7 +241,6 @@ def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
 async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
     """Brings a trainer cleanly to `version`, the last committed one."""
     pool, replica = _trainer(runtime, node)
-    pool.begin_phase()
     if replica.alive and replica.state.clean and replica.version == version:
         return
     timeout_s = runtime.config.runtime.setup_timeout_s
@@ -241,26 +297,19 @@ async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
 # ---- the commit -------------------------------------------------------------------------------
 
 
-async def _checkpoints(
-    runtime: Runtime, nodes: Sequence[Node], *, version: int
-) -> list[CheckpointRecord]:
+async def _checkpoint(runtime: Runtime, node: Node, *, version: int) -> CheckpointRecord:
     settings = runtime.config.runtime
     is_last = version == settings.num_episode
-    with_state = is_last or version % settings.save_episode_interval == 0
-
-    async def one(node: Node) -> CheckpointRecord:
-        pool, _ = _trainer(runtime, node)
-        record: CheckpointRecord = await pool.call(
-            "checkpoint",
-            runtime.attempt,
-            version,
-            with_state,
-            what=f"the checkpoint of version {version} of {node.module}",
-            timeout_s=settings.train_timeout_s,
-        )
-        return record
-
-    return list(await asyncio.gather(*(one(node) for node in nodes)))
+    pool, _ = _trainer(runtime, node)
+    record: CheckpointRecord = await pool.call(
+        "checkpoint",
+        runtime.attempt,
+        version,
+        is_last or version % settings.save_episode_interval == 0,
+        what=f"the checkpoint of version {version} of {node.module}",
+        timeout_s=settings.train_timeout_s,
+    )
+    return record
 
 
 async def _commit(

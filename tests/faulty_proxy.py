@@ -30,6 +30,7 @@ Fault = Literal[
     "503",
     "429",
     "403",
+    "404",
     "delay",
     "reset",
     "lost reply",
@@ -46,6 +47,7 @@ _ERRORS = {
     "503": (503, "<Error><Code>SlowDown</Code><Message>Slower, please.</Message></Error>"),
     "429": (429, "<html>too many requests</html>"),
     "403": (403, "<Error><Code>SignatureDoesNotMatch</Code></Error>"),
+    "404": (404, "<Error><Code>NoSuchUpload</Code></Error>"),
 }
 
 

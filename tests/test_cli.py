@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,8 +12,11 @@ from pathlib import Path
 import pytest
 
 from rlhf_flows import cli
+from rlhf_flows.errors import ConfigError
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.pools import cluster
+from rlhf_flows.reporting.inspection import show_run
+from tests.end_to_end.whole_run import toy_engine
 
 REWARDS = """
 import math
@@ -182,3 +187,87 @@ def test_automations_without_a_server_that_stays_say_how_to_have_one(
         cli.main()
     assert caught.value.code == 2
     assert "PREFECT_API_URL" in capsys.readouterr().err
+
+
+def fails(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """Exit code of `rlhf-flows ...`."""
+    monkeypatch.setattr(sys, "argv", ["rlhf-flows", *words])
+    with pytest.raises(SystemExit) as caught:
+        cli.main()
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture
+def nobody_listens() -> Iterator[str]:
+    """The address of a Prefect server that is down, as configured."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}/api"
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+
+
+@pytest.mark.parametrize("command", ["install", "remove", "ls"])
+def test_automations_on_a_server_that_is_down_are_one_paragraph(
+    command: str,
+    nobody_listens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert fails(monkeypatch, "automations", command) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert nobody_listens in error
+
+
+def test_a_prefect_server_that_is_down_is_known_before_the_run_has_a_name(
+    place: Path,
+    nobody_listens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(monkeypatch, "run_name=mine") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert nobody_listens in error
+    assert "prefect server start" in error
+    assert not (place / "runs").exists()
+
+
+def test_a_program_of_ones_own_is_told_of_a_server_that_is_down_before_anything_starts(
+    tmp_path: Path, nobody_listens: str
+) -> None:
+    engine = toy_engine(eval_rows=0)
+    with pytest.raises(ConfigError, match=re.escape(nobody_listens)):
+        engine.learn(run_name="mine", store={"url": str(tmp_path)})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_summary_that_cannot_be_written_is_known_before_the_run(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["train", "grpo", "model=model", "prompts=prompts.jsonl", "reward=rewards_of_test:good"]
+    assert fails(monkeypatch, *words, "--json", ".") == 2
+    assert "is a folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_export_to_a_file_is_one_paragraph(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fails(monkeypatch, "export", "any", "--to", "prompts.jsonl") == 2
+    assert "prompts.jsonl is a file" in " ".join(capsys.readouterr().err.split())
+
+
+def test_show_of_an_episode_whose_phases_have_no_shard_in_common_leaves_its_samples_out(
+    tmp_path: Path,
+) -> None:
+    from rlhf_flows.store import RunLayout, open_run, open_store
+
+    store = open_store(str(tmp_path))
+    open_run(store, "r", config={"runtime": {"num_episode": 1}}, may_change=frozenset())
+    for phase, index in (("rollout", 0), ("scoring", 1)):
+        store.put_if_absent(RunLayout("r").shard(phase, 0, index), b"not looked into")
+    titles = [table.title for table in show_run(str(tmp_path), "r", samples=4)]
+    assert titles == ["r: episodes"]

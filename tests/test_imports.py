@@ -25,6 +25,7 @@ FLOORS = {
     "config": 0,
     "settings": 0,
     "generation": 0,
+    "together": 0,
     "algorithms": 1,
     "graph": 1,
     "store": 2,

@@ -65,8 +65,6 @@ class InProcessPool:
     def set_dataset(self, kind: str, digest: str, rows: Sequence[Any]) -> None:
         self._worker.load_dataset(1, kind, digest, rows)
 
-    def begin_phase(self) -> None: ...
-
     async def call(
         self,
         method: str,

@@ -18,6 +18,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ SHARDS = (1, 100, 10_000)
 SCANNED = (100, 10_000, 200_000)
 ROWS_PER_SHARD = 5
 """So that the last is a run of a million samples."""
+_PATIENCE_S = 900.0
+"""For one attempt; the first makes ten thousand shards."""
 
 
 def main() -> None:
@@ -114,19 +117,11 @@ def _resume(shards: int, *, alive: bool) -> dict[str, float]:
             if head is not None:
                 environment |= head
             first = _start(folder, shards, environment)
-            for kind, _ in _marks(first):
-                if kind == "killed":
-                    break
-            first.wait(timeout=60)
-            assert first.returncode == -signal.SIGKILL, first.returncode
+            _marks_of(first, folder, ends_with=-signal.SIGKILL)
             killed = time.time()
             second = _start(folder, shards, environment)
-            found: dict[str, float] = {}
-            for kind, at in _marks(second):
-                found.setdefault(kind, at - killed)
-            second.wait(timeout=60)
-            assert second.returncode == 0, second.returncode
-    return found
+            marks = _marks_of(second, folder, ends_with=0)
+    return {kind: at - killed for kind, at in marks.items()}
 
 
 def _start(folder: str, shards: int, environment: dict[str, str]) -> subprocess.Popen[str]:
@@ -137,12 +132,21 @@ def _start(folder: str, shards: int, environment: dict[str, str]) -> subprocess.
         )
 
 
-def _marks(process: subprocess.Popen[str]) -> Iterator[tuple[str, float]]:
+def _marks_of(process: subprocess.Popen[str], folder: str, *, ends_with: int) -> dict[str, float]:
+    """When the process first said what, until its end."""
     assert process.stdout is not None
+    watchdog = threading.Timer(_PATIENCE_S, process.kill)
+    watchdog.start()
+    marks: dict[str, float] = {}
     for line in process.stdout:
         found = read_mark(line)
         if found is not None:
-            yield found["kind"], found["at"]
+            marks.setdefault(found["kind"], found["at"])
+    code = process.wait(timeout=60)
+    watchdog.cancel()
+    if code != ends_with or not marks:
+        sys.exit(f"an attempt ended with {code}:\n{Path(folder, 'errors').read_text()[-3000:]}")
+    return marks
 
 
 @contextlib.contextmanager

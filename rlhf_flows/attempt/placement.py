@@ -18,11 +18,12 @@ import psutil
 
 from rlhf_flows.attempt.description import Checked
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
+from rlhf_flows.errors import FencedError
 from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
 from rlhf_flows.pools.resources import check_fits
 from rlhf_flows.store import ObjectStore, check_fence
-from rlhf_flows.tasks.dispatch import together
+from rlhf_flows.together import together
 
 __all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
 
@@ -81,7 +82,8 @@ async def open_pools(
         keeps: Whether pools outlive an attempt that ends with this error.
     """
     pools = {name: make_pool(checked, store, run, attempt, name) for name in checked.modules}
-    keeper: asyncio.Task[None] | None = None
+    # From the first replica on: others may load for longer than a lease lasts.
+    keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
     kept = False
     try:
         async with together() as group:
@@ -91,14 +93,12 @@ async def open_pools(
             if dataset is not None:
                 for owner in dataset.owners:
                     await pools[owner].set_dataset(kind, dataset.info.digest, dataset.rows)
-        keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
         yield pools
     except BaseException as e:
         kept = await keeps(e)
         raise
     finally:
-        if keeper is not None:
-            keeper.cancel()
+        keeper.cancel()
         if cluster.is_local or not kept:
             await _release(list(pools.values()))
 
@@ -166,11 +166,14 @@ def _version(package: str) -> str:
 
 
 async def _release(pools: Sequence[Pool]) -> None:
-    """Ends all actors; does not wait for a head that answers no more."""
+    """Ends all actors that are still this attempt's; waits for no head that answers no more."""
 
     def work() -> None:
-        for pool in pools:
-            pool.release()
+        try:
+            for pool in pools:
+                pool.release()
+        except FencedError as e:
+            logger.info("%s: its pools are left to it", e)
 
     # A thread of our own, not of a pool: whatever becomes of it, the process may end.
     thread = threading.Thread(target=work, daemon=True, name="release")
@@ -178,8 +181,8 @@ async def _release(pools: Sequence[Pool]) -> None:
     await asyncio.to_thread(thread.join, _RELEASE_TIMEOUT_S)
     if thread.is_alive():
         logger.warning(
-            "the pools were not released within %g s, because the head of the Ray cluster does not"
-            " answer: if it still runs, `rlhf-flows pools release` ends them",
+            "the pools were not released within %g s, because the head of the Ray cluster or the"
+            " store does not answer: if the head still runs, `rlhf-flows pools release` ends them",
             _RELEASE_TIMEOUT_S,
         )
 

@@ -7,6 +7,7 @@ pools are released. Why it ends, and what becomes of the flow run, is told by `s
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,34 +22,39 @@ from rlhf_flows.attempt.claims import claim_run, new_run_name
 from rlhf_flows.attempt.deaths import check_attempts_left
 from rlhf_flows.attempt.description import Checked, Description
 from rlhf_flows.attempt.placement import connect_cluster, open_pools
-from rlhf_flows.attempt.stopping import FlowRunWatch, without_abort
+from rlhf_flows.attempt.stopping import FlowRunWatch, started_for, without_abort
 from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
-from rlhf_flows.services.prefect_server import kept_prefect_api
+from rlhf_flows.reporting.flow_run_page import close_task_runs, tag_of, warnings_shown
+from rlhf_flows.services.heartbeat import heartbeats
+from rlhf_flows.services.prefect_server import check_configured_server, kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
-    check_fence,
     check_run_name,
     end_attempt,
     scan,
     sweep_run,
     take_attempt,
 )
-from rlhf_flows.tasks.dispatch import together
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.together import beside
 
 __all__ = ["run_as_flow"]
 
 
 async def run_as_flow(description: Description) -> RunResult:
     """Runs as a Prefect flow run, or as part of the flow run that this is called in."""
-    checked = await asyncio.to_thread(check, description)
     flow_run = _flow_run()
     if flow_run is not None:
-        return await run_attempt(checked, flow_run)
+        started = await started_for(flow_run)
+        async with heartbeats(started):
+            checked = await asyncio.to_thread(check, description)
+            return await run_attempt(checked, flow_run, started)
 
+    checked = await asyncio.to_thread(check, description)
+    await asyncio.to_thread(check_configured_server)
     run = description.config.run_name or new_run_name(description.name)
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
@@ -63,7 +69,7 @@ async def run_as_flow(description: Description) -> RunResult:
         await cluster
         flow_run = _flow_run()
         assert flow_run is not None
-        return await run_attempt(checked, flow_run)
+        return await run_attempt(checked, flow_run, flow_run)
 
     try:
         with kept_prefect_api() as server, without_abort():
@@ -80,8 +86,13 @@ def _flow_run() -> FlowRun | None:
     return None if context is None else context.flow_run
 
 
-async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
-    """One attempt of the run: whatever is missing, from what the store holds."""
+async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> RunResult:
+    """One attempt of the run: whatever is missing, from what the store holds.
+
+    Args:
+        flow_run: Whose tasks the phases are.
+        started: What a person or an automation stops and starts: the same, or a parent of it.
+    """
     config, flow_run_id = checked.config, str(flow_run.id)
     run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
     store, record = await asyncio.to_thread(claim_run, checked, run)
@@ -91,10 +102,12 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
         take_attempt,
         store,
         run,
-        flow_run_id=flow_run_id,
+        flow_run_id=str(started.id),
         changed=record.changed,
         takeover=checked.description.takeover,
     )
+    if attempt.number > 1:
+        await close_task_runs(flow_run.id, run)
     # Nobody waits for it, and nothing comes of it but space.
     threading.Thread(target=sweep_run, args=(store, run), name="sweep", daemon=True).start()
     if checked.description.progress is not None:
@@ -118,14 +131,17 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
             eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
         )
 
-    watch = FlowRunWatch(flow_run, check_fence=partial(check_fence, store, run, attempt.number))
+    watch = FlowRunWatch(started, store=store, run=run, attempt=attempt.number)
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
+    page = contextlib.ExitStack()
+    page.enter_context(prefect.tags(tag_of(run)))
+    page.enter_context(warnings_shown())
     try:
         found = await runtime({})
         name, also = checked.description.name, checked.description.progress
         shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
-        async with shows as progress, watch:
+        async with shows as progress, beside(watch.watch()):
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
@@ -136,10 +152,8 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
                     # flight is there now.
                     working = await runtime(pools)
                     working.progress = progress
-                    async with together() as group:
-                        head = group.create_task(watch_head(cluster))
+                    async with beside(watch_head(cluster)):
                         result = await run_episodes(working)
-                        head.cancel()
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
     except BaseException as e:
@@ -148,4 +162,5 @@ async def run_attempt(checked: Checked, flow_run: FlowRun) -> RunResult:
         outcome = await watch.outcome_of(e)
         await watch.tell(e)
     finally:
+        page.close()
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from rlhf_flows.data.quarantine import Blamed, Quarantine
     from rlhf_flows.data.row_types import uniform_rows
     from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
-    from rlhf_flows.data.shards import align, keep_samples, planned_batch, take_groups
+    from rlhf_flows.data.shards import align, keep_samples
     from rlhf_flows.data.stream import ShardHandle, StreamDataset
 
 __all__ = [
@@ -64,13 +64,11 @@ __all__ = [
     "make_plan",
     "parquet_metadata",
     "permutation",
-    "planned_batch",
     "prompt_text",
     "rows_digest",
     "sample_id",
     "sample_seed",
     "select",
-    "take_groups",
     "to_arrow",
     "to_parquet",
     "to_samples",
@@ -97,7 +95,7 @@ _HOME = {
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
     "quarantine": ["Blamed", "Quarantine"],
-    "shards": ["align", "keep_samples", "planned_batch", "take_groups"],
+    "shards": ["align", "keep_samples"],
     "stream": ["ShardHandle", "StreamDataset"],
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}

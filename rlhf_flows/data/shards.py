@@ -1,26 +1,12 @@
-"""From plans and the batches of shards to the batches that models work on."""
+"""Which rows of the batches of a shard are worked on: some left out, all in one order."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
-import torch
-from torch import Tensor
+from rlhf_flows.data.batch import Batch, select
 
-from rlhf_flows.data.batch import Batch, concat, select
-from rlhf_flows.data.plan import EpisodePlan, GroupRef
-from rlhf_flows.errors import DataError
-
-__all__ = ["align", "keep_samples", "planned_batch", "take_groups"]
-
-
-def planned_batch(plan: EpisodePlan, shard: int) -> Batch:
-    """The columns that the plan fixes, as a batch: sample_id str, the others int64 [B]."""
-    return {
-        name: values if name == "sample_id" else torch.tensor(values, dtype=torch.int64)
-        for name, values in plan.samples(shard).items()
-    }
+__all__ = ["align", "keep_samples"]
 
 
 def keep_samples(
@@ -52,35 +38,3 @@ def align(batches: Sequence[Batch]) -> list[Batch]:
             batch = select(batch, [row_of[name] for name in order])
         aligned.append(batch)
     return aligned
-
-
-def take_groups(
-    plan: EpisodePlan, shards: Mapping[int, Mapping[str, Any]], groups: Sequence[GroupRef]
-) -> Batch:
-    """One training batch: the rows of `groups`, in their order, from the batches of their shards.
-
-    Rows are found by the column `group`, so a group that was quarantined or filtered, and has no
-    rows, is left out. Raises DataError for a shard that is not there.
-    """
-    rows_of: dict[int, dict[int, list[int]]] = {}
-    parts = []
-    for ref in groups:
-        if ref.shard not in shards:
-            has = ", ".join(str(i) for i in sorted(shards)) or "none"
-            raise DataError(
-                f"a training batch of episode {plan.episode} wants shard {ref.shard}, and was "
-                f"given shards {has}: wait for it first"
-            )
-        if ref.shard not in rows_of:
-            rows_of[ref.shard] = _rows_by_group(shards[ref.shard]["group"])
-        rows = rows_of[ref.shard].get(plan.shards[ref.shard].first_group + ref.index)
-        if rows:
-            parts.append(select(shards[ref.shard], rows))
-    return concat(parts)
-
-
-def _rows_by_group(column: Tensor | list[int]) -> dict[int, list[int]]:
-    rows: dict[int, list[int]] = {}
-    for row, group in enumerate(column.tolist() if isinstance(column, Tensor) else column):
-        rows.setdefault(group, []).append(row)
-    return rows

@@ -9,19 +9,13 @@ every message says which shards of what it waited for.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-from rlhf_flows.errors import DataDamageError, DataError, WaitTimeoutError
+from rlhf_flows.errors import DataError, WaitTimeoutError
 
 __all__ = ["ShardHandle", "StreamDataset"]
-
-
-class Reads(Protocol):
-    """What a stream asks of a store."""
-
-    def get(self, key: str) -> bytes: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +27,6 @@ class ShardHandle:
     """Number of samples; None where only the listing of the store is known."""
     ref: Any = None
     """The batch in memory, if somebody holds it (a Ray ObjectRef); the store is the truth."""
-    columns: tuple[str, ...] = ()
 
 
 class StreamDataset:
@@ -47,16 +40,6 @@ class StreamDataset:
         self._by_index: dict[int, ShardHandle] = {}
         self._failure: BaseException | None = None
         self._changed = asyncio.Event()
-
-    @classmethod
-    def rebuild(
-        cls, keys: Mapping[int, str], *, num_shards: int, name: str = "stream"
-    ) -> StreamDataset:
-        """The stream whose shards lie in the store under `keys`; others may still be appended."""
-        stream = cls(num_shards, name=name)
-        for index in sorted(keys):
-            stream.append(ShardHandle(index=index, key=keys[index]))
-        return stream
 
     def append(self, handle: ShardHandle) -> bool:
         """Add a shard. False, and nothing changes, if its index is there already.
@@ -94,10 +77,6 @@ class StreamDataset:
             self._wake()
 
     @property
-    def complete(self) -> bool:
-        return len(self._arrived) == self.num_shards
-
-    @property
     def missing(self) -> tuple[int, ...]:
         """Indices that have not arrived."""
         return tuple(i for i in range(self.num_shards) if i not in self._by_index)
@@ -110,11 +89,6 @@ class StreamDataset:
         if index not in self._by_index:
             raise DataError(f"{self.name}: shard {index} has not arrived; wait_for([{index}]) does")
         return self._by_index[index]
-
-    def __iter__(self) -> Iterator[ShardHandle]:
-        """The shards of a finished stream, by index. Raises DataError while some are missing."""
-        self._require_complete()
-        return iter([self._by_index[i] for i in range(self.num_shards)])
 
     async def __aiter__(self) -> AsyncIterator[ShardHandle]:
         """Every shard in order of arrival, until all have come or the stream fails.
@@ -135,6 +109,10 @@ class StreamDataset:
         """The shards `indices`, in that order, as soon as all have arrived.
 
         Raises what the stream failed with, or WaitTimeoutError naming the shards still missing.
+
+        Args:
+            timeout_s: For the next shard, whichever it is: counted anew whenever one arrives, for
+                then the phase gets on with its work, however long that takes as a whole.
         """
         wanted = list(indices)
         for index in wanted:
@@ -143,50 +121,18 @@ class StreamDataset:
                     f"{self.name}: shard {index} was asked for, "
                     f"the plan has shards 0 to {self.num_shards - 1}"
                 )
-        try:
-            async with asyncio.timeout(timeout_s):
-                while any(i not in self._by_index for i in wanted):
-                    if self._failure is not None:
-                        raise self._failure
-                    await self._changed.wait()
-        except TimeoutError as e:
-            if self._failure is e:  # not ours: a shard failed by a timeout of its own
-                raise
-            raise WaitTimeoutError(
-                f"{self.name}: waited {timeout_s:g} s for shards "
-                f"{_listed(i for i in wanted if i not in self._by_index)}; "
-                f"{len(self._arrived)} of {self.num_shards} have arrived"
-            ) from e
-        return [self._by_index[i] for i in wanted]
-
-    def read(
-        self, store: Reads, *, columns: Sequence[str] | None = None
-    ) -> Iterator[dict[str, Any]]:
-        """The batches of a finished stream, by index, read from the store one by one."""
-        self._require_complete()
-        return self._read(store, columns)
-
-    def _read(self, store: Reads, columns: Sequence[str] | None) -> Iterator[dict[str, Any]]:
-        from rlhf_flows.data.arrow import from_parquet  # pyarrow and torch: only to read samples
-
-        for handle in self:
-            data = store.get(handle.key)
+        while missing := [i for i in wanted if i not in self._by_index]:
+            if self._failure is not None:
+                raise self._failure
             try:
-                yield from_parquet(data, columns)
-            except DataDamageError as e:
-                raise DataDamageError(
-                    f"{self.name}: shard {handle.index} ({handle.key}): {e}"
+                async with asyncio.timeout(timeout_s):
+                    await self._changed.wait()
+            except TimeoutError as e:
+                raise WaitTimeoutError(
+                    f"{self.name}: shards {_listed(missing)} are waited for, and no shard came for"
+                    f" {timeout_s:g} s; {len(self._arrived)} of {self.num_shards} have arrived"
                 ) from e
-
-    def _require_complete(self) -> None:
-        if self._failure is not None:
-            raise self._failure
-        if not self.complete:
-            raise DataError(
-                f"{self.name}: shards {_listed(self.missing)} have not arrived "
-                f"({len(self._arrived)} of {self.num_shards} have): iterate with `async for`, "
-                "or finish the phase first"
-            )
+        return [self._by_index[i] for i in wanted]
 
     def _wake(self) -> None:
         # A fresh event for the next change: readers that still hold the old one wake, and none
@@ -195,7 +141,6 @@ class StreamDataset:
         changed.set()
 
 
-def _listed(indices: Iterable[int], *, most: int = 10) -> str:
-    found = list(indices)
+def _listed(found: Sequence[int], *, most: int = 10) -> str:
     more = f" and {len(found) - most} more" if len(found) > most else ""
-    return ", ".join(str(i) for i in found[:most]) + more or "none"
+    return ", ".join(str(i) for i in found[:most]) + more

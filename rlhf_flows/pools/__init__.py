@@ -8,7 +8,6 @@ from rlhf_flows.pools.actors import Replica
 from rlhf_flows.pools.cluster import Cluster, connect, watch_head
 from rlhf_flows.pools.messages import (
     CheckpointRecord,
-    Commit,
     ForwardCall,
     NodeReport,
     PoolSpec,
@@ -24,7 +23,6 @@ from rlhf_flows.pools.pool import Pool
 __all__ = [
     "CheckpointRecord",
     "Cluster",
-    "Commit",
     "ForwardCall",
     "NodeReport",
     "Pool",

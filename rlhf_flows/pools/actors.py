@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -65,9 +65,16 @@ class Replica:
     index: int
     ranks: list[Any]
     state: WorkerState
+    reattached: bool = False
+    """It was found alive."""
     working_on: str = ""
-    since: float = 0.0
+    since: float = field(default_factory=time.monotonic)
+    """When it began to work, or to idle."""
     alive: bool = True
+    deaths: int = 0
+    """While it worked, since it last finished a call; those put down to a sample do not count."""
+    unanswered: bool = False
+    """Who called it last was cancelled: it may be at work on that still."""
 
     @property
     def version(self) -> int:
@@ -95,42 +102,26 @@ class PoolActors:
         self._pool = f"pool {spec.module_name!r}"
         self._namespace = namespace_of(spec.run)
         self._datasets: dict[str, tuple[str, Any]] = {}
-        self._created: list[Any] = []
 
     # ---- found or started -----------------------------------------------------------------
 
-    async def open(self) -> tuple[list[Replica], int]:
-        """All replicas, ready, and how many of them lived already.
+    async def open(self, index: int) -> Replica:
+        """The replica, ready: found alive, or started and loaded.
 
         Raises:
-            PoolError: a replica does not come up; those that this call created are ended.
+            PoolError: it does not come up; nothing of it is left.
         """
-        opened = await asyncio.gather(
-            *(self._open(i) for i in range(self._spec.num_replica)), return_exceptions=True
-        )
-        failures = [r for r in opened if isinstance(r, BaseException)]
-        if failures:
-            # Those that were found are not this call's to end: a newer attempt may own them.
-            _kill(self._created)
-            raise failures[0]
-        found = [r for r in opened if not isinstance(r, BaseException)]
-        self._created.clear()
-        self._drop_surplus()
-        return [replica for replica, _ in found], sum(lived for _, lived in found)
-
-    async def _open(self, index: int) -> tuple[Replica, bool]:
-        found = await self._find(index)
-        return (await self._create(index), False) if found is None else (found, True)
+        return await self._find(index) or await self._create(index)
 
     async def _find(self, index: int) -> Replica | None:
         actors = []
         for rank in range(self._spec.ranks_per_replica):
-            try:
+            with contextlib.suppress(ValueError):
                 actors.append(ray.get_actor(self.name_of(index, rank), self._namespace))
-            except ValueError:
-                if actors:  # a group with a dead rank is no group
-                    await self._end(index, actors)
-                return None
+        if len(actors) < self._spec.ranks_per_replica:  # a group with a dead rank is no group
+            if actors:
+                await self._end(index, actors)
+            return None
         try:
             waiting_for = f"replica {index} of {self._pool} to finish its last call"
             states = await gather(
@@ -143,15 +134,16 @@ class PoolActors:
             logger.info("replica %d of %s is of another making: rebuilt", index, self._pool)
             await self._end(index, actors)
             return None
-        return Replica(index=index, ranks=actors, state=states[0])
+        return Replica(index=index, ranks=actors, state=states[0], reattached=True)
 
     async def rebuild(self, replica: Replica) -> None:
         """A new process in place of the replica's: a module as its `setup` leaves it."""
-        if self._check_fence is not None:
+        if self._check_fence is not None:  # a newer attempt may have re-attached what is to end
             await asyncio.to_thread(self._check_fence)
         await self._end(replica.index, replica.ranks)
         fresh = await self._create(replica.index)
         replica.ranks, replica.state, replica.alive = fresh.ranks, fresh.state, True
+        replica.unanswered = False
 
     async def _create(self, index: int) -> Replica:
         """Starts a replica and loads its model; anew where its process is killed meanwhile."""
@@ -173,10 +165,11 @@ class PoolActors:
         if self._check_fence is not None:
             # A zombie must not take the names of the actors that a newer attempt brings up.
             await asyncio.to_thread(self._check_fence)
-        ranks = [self._start_actor(index, rank) for rank in range(self._spec.ranks_per_replica)]
-        self._created += ranks
         waiting_for = f"{self._pool}, replica {index}, to load its model"
+        ranks: list[Any] = []
         try:
+            for rank in range(self._spec.ranks_per_replica):
+                ranks.append(self._start_actor(index, rank))
             rendezvous = None
             if len(ranks) > 1:
                 (rendezvous,) = await gather(
@@ -243,7 +236,7 @@ class PoolActors:
             f"{self._pool}: the actors of replica {index} did not end within {_END_TIMEOUT_S:g} s"
         )
 
-    def _drop_surplus(self) -> None:
+    def drop_surplus(self) -> None:
         """Ends replicas of an earlier attempt that had more of them."""
         mine = {
             self.name_of(i, r)
@@ -253,7 +246,13 @@ class PoolActors:
         self._end_named(_living(self._namespace) - mine)
 
     def release(self) -> None:
-        """Ends every actor of the pool, and frees what they held."""
+        """Ends every actor of the pool, and frees what they held.
+
+        Raises:
+            FencedError: they are a newer attempt's by now; nothing was ended.
+        """
+        if self._check_fence is not None:
+            self._check_fence()
         self._end_named(_living(self._namespace))
 
     def _end_named(self, names: Iterable[str]) -> None:
@@ -281,15 +280,19 @@ class PoolActors:
 
     async def _give_datasets(self, replica: Replica) -> None:
         for kind, (digest, rows) in self._datasets.items():
-            if (kind, digest) not in replica.state.datasets:
-                await gather(
-                    [
-                        rank.load_dataset.remote(self._attempt, kind, digest, rows)
-                        for rank in replica.ranks
-                    ],
-                    self._setup_timeout_s,
-                    f"{self._pool} to build the {kind} dataset",
-                )
+            if (kind, digest) in replica.state.datasets:
+                continue
+            building = [
+                r.load_dataset.remote(self._attempt, kind, digest, rows) for r in replica.ranks
+            ]
+            waiting_for = f"{self._pool} to build the {kind} dataset"
+            try:
+                await gather(building, self._setup_timeout_s, waiting_for)
+            except DEAD as e:
+                raise ReplicaDiedError(
+                    f"{self._pool}: the process of replica {replica.index} died while it built the"
+                    f" {kind} dataset ({last_line(e)})"
+                ) from e
 
 
 def _kill(actors: Sequence[Any]) -> None:

@@ -44,7 +44,7 @@ class Cluster:
     resources: Mapping[str, float] = field(default_factory=dict)
 
 
-async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:
+async def connect(config: ClusterConfig) -> Cluster:
     """Connects this process to Ray, starting a local head where no address is configured.
 
     A process has one connection: a second call returns the same cluster.
@@ -57,7 +57,7 @@ async def connect(config: ClusterConfig, *, min_cpus: float = 0) -> Cluster:
     started = time.monotonic()
     try:
         async with asyncio.timeout(_CONNECT_TIMEOUT_S):
-            await _in_lasting_thread(partial(_init, config, min_cpus))
+            await _in_lasting_thread(partial(_init, config))
     except TimeoutError as e:
         raise PoolError(
             f"no connection to Ray ({config.address or 'local'}) within {_CONNECT_TIMEOUT_S:g} s:"
@@ -115,7 +115,7 @@ def _authenticate(*, is_local: bool) -> None:
     ray._raylet.Config.initialize("")  # type: ignore[attr-defined]  # compiled, not annotated
 
 
-def _init(config: ClusterConfig, min_cpus: float) -> None:
+def _init(config: ClusterConfig) -> None:
     _authenticate(is_local=config.address is None)
     common: dict[str, Any] = {
         "logging_level": logging.ERROR,
@@ -129,7 +129,7 @@ def _init(config: ClusterConfig, min_cpus: float) -> None:
     free = psutil.virtual_memory().available
     ray.init(
         address="local",
-        num_cpus=int(max(config.num_cpus or default_threads(), min_cpus)),
+        num_cpus=config.num_cpus or default_threads(),
         object_store_memory=min(config.object_store_memory_bytes, free // 4),
         include_dashboard=False,
         # Workers started in advance fit no actor of ours: each has its own environment.

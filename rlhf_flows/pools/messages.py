@@ -15,7 +15,6 @@ from rlhf_flows.store import FolderRecord
 __all__ = [
     "SOURCE",
     "CheckpointRecord",
-    "Commit",
     "ForwardCall",
     "NodeReport",
     "PoolSpec",
@@ -90,13 +89,6 @@ class StoredShard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Commit:
-    """Asks a worker to write its shard."""
-
-    key: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardCall:
     """One node of the graph on one shard."""
 
@@ -121,7 +113,8 @@ class ForwardCall:
     """The policy version that must be in the weights, for a module that follows a trainer."""
     batch_size: int | None = None
     """Rows of one call of the module's method; all by default."""
-    commit: Commit | None = None
+    commit_key: str | None = None
+    """Where the worker writes what it made; nowhere by default."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,7 +126,6 @@ class NodeReport:
     rows: int
     seconds: float
     key: str = ""
-    num_bytes: int = 0
     adopted: bool = False
     """Somebody else had committed this shard; theirs is what counts."""
     metrics: Mapping[str, tuple[float, int]] = field(default_factory=dict)

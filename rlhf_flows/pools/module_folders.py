@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import tempfile
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -91,8 +90,7 @@ class ModuleFolders:
 
     def load(self, record: CheckpointRecord) -> None:
         """The module takes the weights, and the training state where the record has it."""
-        with tempfile.TemporaryDirectory(prefix="rlhf-flows-") as temporary:
-            folder = Path(temporary)
+        with self._store.working_folder() as folder:
             assert record.weights is not None
             fetch_folder(self._store, record.weights, folder / "weights")
             self._module.load_weights(_read_safetensors(folder / "weights"))

@@ -21,6 +21,7 @@ from typing import Any
 from ray.exceptions import ObjectLostError, OwnerDiedError
 
 from rlhf_flows.errors import (
+    InputLostError,
     NoAnswerError,
     NotBegunError,
     PoolError,
@@ -34,6 +35,8 @@ __all__ = ["Pool"]
 
 logger = logging.getLogger(__name__)
 
+_TRUSTED_S = 1.0
+"""How long after its last answer a replica is taken to be alive without being asked."""
 _SAY_AT_MOST_EACH_S = 60.0
 """How often a pool may say who keeps it waiting."""
 _LOST = (ObjectLostError, OwnerDiedError)
@@ -57,12 +60,8 @@ class Pool:
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held by who brings all replicas to a version (a param sync), and by who asks them for an
     older one out of turn (a repair): calls that name their version need no lock."""
-    reattached: int = 0
-    """Replicas that were found alive."""
     _replicas: list[Replica] = field(default_factory=list)
     _free: asyncio.Queue[Replica] = field(default_factory=asyncio.Queue)
-    _deaths: list[str] = field(default_factory=list)
-    """What each death of this phase happened on, less those that were put down to a sample."""
     _freed: int = 0
     """How often a replica came free."""
     _said: float = 0.0
@@ -93,22 +92,38 @@ class Pool:
         Raises:
             PoolError: a replica does not come up; those that this call created are ended.
         """
-        self._replicas, self.reattached = await self._actors.open()
+        opened = await asyncio.gather(
+            *(self._open(i) for i in range(self.spec.num_replica)), return_exceptions=True
+        )
+        failures = [r for r in opened if r is not None]
+        if failures:
+            # Those that were found are not this call's to end: a newer attempt may own them.
+            for replica in self._replicas:
+                if not replica.reattached:
+                    self._actors.kill(replica)
+            self._replicas.clear()
+            raise failures[0]
+        self._replicas.sort(key=lambda r: r.index)
         for replica in self._replicas:
             self._free.put_nowait(replica)
+        self._actors.drop_surplus()
+
+    async def _open(self, index: int) -> None:
+        # Into the list at once: its lease is kept while the others load.
+        self._replicas.append(await self._actors.open(index))
 
     def release(self) -> None:
-        """Ends every actor of the pool, and frees what they held."""
+        """Ends every actor of the pool, and frees what they held.
+
+        Raises:
+            FencedError: they are a newer attempt's by now; nothing was ended.
+        """
         self._actors.release()
         self._replicas = []
 
     async def set_dataset(self, kind: str, digest: str, rows: Sequence[Any]) -> None:
         """Every replica builds the dataset of `rows`, unless it has it."""
         await self._actors.set_dataset(kind, digest, rows, self._replicas)
-
-    async def rebuild(self, replica: Replica) -> None:
-        """A new process in place of the replica's: a module as its `setup` leaves it."""
-        await self._actors.rebuild(replica)
 
     # ---- calls ----------------------------------------------------------------------------
 
@@ -129,7 +144,8 @@ class Pool:
 
         Args:
             what: Names the work in messages, such as "shard 3 of rollout of episode 2".
-            timeout_s: For the answer, once a replica has begun.
+            timeout_s: For the answer, once a replica has begun; what it may wait for a store that
+                is away (`store.retry_budget_s`) comes on top.
             version: The policy version that the replica must hold; it is brought there first.
             wait_s: For a replica to come free, `timeout_s` by default; counted anew whenever one
                 does, for then the pool gets on with its work.
@@ -138,7 +154,8 @@ class Pool:
         Raises:
             ReplicaDiedError: the replica died while it worked.
             NoAnswerError: no answer in time; the replica is replaced.
-            NotBegunError: no replica was free or ready, or a reference it was given is lost.
+            NotBegunError: no replica was free or ready.
+            InputLostError: a reference that it was given is lost.
         """
         every_s = max(timeout_s / 4, _SAY_AT_MOST_EACH_S)
         async with (
@@ -147,7 +164,11 @@ class Pool:
         ):
             if version is not None and replica.version != version:
                 await self._bring(replica, version, what)
-            return await self._call_on(replica, method, args, what, timeout_s, num_returns, suspect)
+            answer = await self._call_on(
+                replica, method, args, what, timeout_s, num_returns, suspect
+            )
+            replica.deaths = 0
+            return answer
 
     async def _bring(self, replica: Replica, version: int, what: str) -> None:
         assert self.bring_to is not None
@@ -160,7 +181,7 @@ class Pool:
             ) from e
 
     async def broadcast(self, method: str, *args: Any, what: str, timeout_s: float) -> list[Any]:
-        """Calls `method` on every replica at once, each as soon as it is free."""
+        """Calls `method` on every replica at once. The caller holds them all (`moving`)."""
         return await asyncio.gather(
             *(
                 self.on_replica(replica, method, *args, what=what, timeout_s=timeout_s)
@@ -183,18 +204,37 @@ class Pool:
     @contextlib.asynccontextmanager
     async def _claim(self, what: str, wait_s: float) -> AsyncIterator[Replica]:
         replica = await self._next_free(what, wait_s)
+        idle_s = time.monotonic() - replica.since
         try:
             replica.working_on, replica.since = what, time.monotonic()
-            if not replica.alive:
-                try:
-                    await self._replace(replica)
-                except WaitTimeoutError as e:
-                    raise NotBegunError(f"{what} was not begun: {e}") from e
+            try:
+                if replica.alive and (replica.unanswered or idle_s > _TRUSTED_S):
+                    await self._look_at(replica, wait_s)
+                if not replica.alive:
+                    await self._replace(replica, what)
+            except WaitTimeoutError as e:
+                raise NotBegunError(f"{what} was not begun: {e}") from e
             yield replica
         finally:
-            replica.working_on = ""
+            replica.working_on, replica.since = "", time.monotonic()
             self._freed += 1
             self._free.put_nowait(replica)
+
+    async def _look_at(self, replica: Replica, wait_s: float) -> None:
+        """Waits for what was left to it, and asks it for a sign of life, before it gets work:
+        whoever is dead or stuck by now must not be put down to that work."""
+        # Its calls run in order, so that an answer also says that those before are through.
+        signs = [rank.heartbeat.remote(self.attempt) for rank in replica.ranks]
+        waiting_for = f"replica {replica.index} of pool {self.name!r} to finish its last call"
+        try:
+            await gather(signs, wait_s, waiting_for)
+        except NoAnswerError as e:
+            logger.warning("%s", e)
+            self._actors.kill(replica)
+            replica.alive = False
+        except DEAD:
+            replica.alive = False
+        replica.unanswered = False
 
     async def _next_free(self, what: str, wait_s: float) -> Replica:
         while True:
@@ -267,43 +307,44 @@ class Pool:
                 for rank in replica.ranks
             ]
             last = [a[-1] if num_returns > 1 else a for a in answers]
-            results = await gather(last, timeout_s, waiting_for)
+            patience_s = self.spec.store_retry_budget_s
+            results = await gather(last, timeout_s + patience_s, waiting_for)
+        except asyncio.CancelledError:
+            replica.unanswered = True
+            raise
         except NoAnswerError:
             # What it does is unknown; only a new process is known to be idle.
             self._actors.kill(replica)
-            self._count_death(replica, what, suspect=suspect)
+            self._count_death(replica, suspect=suspect)
             raise
         except DEAD as e:
-            self._count_death(replica, what, suspect=suspect)
+            self._count_death(replica, suspect=suspect)
             raise ReplicaDiedError(
                 f"replica {replica.index} of pool {self.name!r} died during {what}: {last_line(e)}"
             ) from e
         except _LOST as e:
-            raise NotBegunError(f"an input of {what} was lost: {last_line(e)}") from e
+            raise InputLostError(f"an input of {what} was lost: {last_line(e)}") from e
         return [*answers[0][:-1], results[0]] if num_returns > 1 else results[0]
 
-    def _count_death(self, replica: Replica, what: str, *, suspect: bool) -> None:
+    @staticmethod
+    def _count_death(replica: Replica, *, suspect: bool) -> None:
         replica.alive = False
-        if not suspect:
-            self._deaths.append(what)
+        replica.deaths += not suspect
 
-    def excuse(self, what: str) -> None:
-        """Takes back the deaths that happened on `what`: a sample was found to be their cause."""
-        self._deaths = [w for w in self._deaths if w != what]
-
-    async def _replace(self, dead: Replica) -> None:
-        if len(self._deaths) > self.max_restarts:
+    async def _replace(self, dead: Replica, what: str) -> None:
+        if dead.deaths > self.max_restarts:
             raise PoolError(
-                f"pool {self.name!r}: its replicas died {len(self._deaths)} times within one phase,"
-                f" more than runtime.max_replica_restarts={self.max_restarts}: look into the"
-                f" worker logs of Ray for the cause; the last was during {self._deaths[-1]}"
+                f"pool {self.name!r}: replica {dead.index} died {dead.deaths} times without"
+                " finishing anything in between, more than"
+                f" runtime.max_replica_restarts={self.max_restarts}: look into the worker logs of"
+                f" Ray for the cause ({what} is not begun)"
             )
         logger.warning("replica %d of pool %r is replaced", dead.index, self.name)
         await self.rebuild(dead)
 
-    def begin_phase(self) -> None:
-        """Deaths are counted per phase."""
-        self._deaths.clear()
+    async def rebuild(self, replica: Replica) -> None:
+        """A new process in place of the replica's: a module as its `setup` leaves it."""
+        await self._actors.rebuild(replica)
 
     async def heartbeat(self) -> None:
         """Keeps the lease of idle replicas; a busy one keeps its own."""

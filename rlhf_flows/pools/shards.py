@@ -66,19 +66,19 @@ class ShardStore:
         is what is stored, encoded once for the file and for who reads it from memory; the batch of
         both; and where it lies.
         """
-        assert call.commit is not None
+        assert call.commit_key is not None
         whole = merge([b for b in (base, source, *merged, output) if b is not None])
         stored = whole if base is None else _new_columns(whole, base)
         if "sample_id" in whole:
             stored = {"sample_id": whole["sample_id"], **stored}
         table = to_arrow(stored)
         data = to_parquet(table)
-        adopted = not commit_bytes(self._store, call.commit.key, data)
+        adopted = not commit_bytes(self._store, call.commit_key, data)
         if adopted:
-            theirs = self.load(StoredShard(key=call.commit.key))
+            theirs = self.load(StoredShard(key=call.commit_key))
             table = to_arrow(theirs)
             whole = merge(align([b for b in (base, theirs) if b is not None]))
-        report = replace(report, key=call.commit.key, num_bytes=len(data), adopted=adopted)
+        report = replace(report, key=call.commit_key, adopted=adopted)
         return table, whole, report
 
 

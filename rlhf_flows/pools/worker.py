@@ -7,6 +7,7 @@ can be tested without Ray; `Pool` makes actors of it.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import inspect
 import logging
@@ -14,7 +15,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ import cloudpickle
 import torch
 
 from rlhf_flows.data import Batch, align, batch_size, concat, keep_samples, select, to_arrow
-from rlhf_flows.errors import FencedError, PoolError, SyncError
+from rlhf_flows.errors import FencedError, PoolError, RlhfFlowsError, SyncError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.datasets import Datasets
 from rlhf_flows.pools.digest import digest_weights
@@ -41,7 +42,7 @@ from rlhf_flows.pools.module_folders import ModuleFolders
 from rlhf_flows.pools.shards import ShardStore, merge, metrics_of, previews_of
 from rlhf_flows.pools.transport import ObjectStoreTransport
 from rlhf_flows.pools.user_code import checked_output, naming, naming_columns, seed_everything
-from rlhf_flows.store import RunLayout, check_fence, open_store
+from rlhf_flows.store import ObjectStore, RunLayout, check_fence, open_store
 
 __all__ = ["Worker"]
 
@@ -57,8 +58,6 @@ class Worker:
         logging.basicConfig(level=spec.log_level)
         self._spec = spec
         self._replica, self._rank = replica, rank
-        self._store = open_store(spec.store_url, retry_budget_s=spec.store_retry_budget_s)
-        self._shards = ShardStore(self._store)
         self._attempt = 0
         self._version = 0
         self._clean = True
@@ -71,10 +70,11 @@ class Worker:
         self._transport = ObjectStoreTransport()
         self._last_call = time.monotonic()
         self._busy = False
-        self._module: BaseModule = cloudpickle.loads(spec.module)
-        self._folders = ModuleFolders(
-            self._store, RunLayout(spec.run), self._module, uploads=rank == 0
-        )
+        # By `setup`: what a constructor raises, Ray reports as a death.
+        self._store: ObjectStore
+        self._shards: ShardStore
+        self._module: BaseModule
+        self._folders: ModuleFolders
         threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
     # ---- life -----------------------------------------------------------------------------
@@ -87,6 +87,17 @@ class Worker:
                 logger.warning("no attempt called for %.0f s: the lease is over", idle_s)
                 os._exit(0)
 
+    @contextlib.contextmanager
+    def _working(self, attempt: int) -> Iterator[None]:
+        """Around every call that takes its time: the lease does not run out meanwhile."""
+        self._enter(attempt)
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+            self._last_call = time.monotonic()
+
     def _enter(self, attempt: int) -> None:
         self._last_call = time.monotonic()
         if attempt < self._attempt:
@@ -98,25 +109,27 @@ class Worker:
 
     def setup(self, attempt: int, rendezvous: tuple[str, int] | None = None) -> WorkerState:
         """Loads the model. Collective where a replica has several ranks: every rank."""
-        self._enter(attempt)
-        # A new process knows of no attempt; the store does.
-        check_fence(self._store, self._spec.run, attempt)
-        self._busy = True
-        try:
-            context = self._spec.context
-            torch.set_num_threads(context.num_threads)
-            if self._spec.ranks_per_replica > 1:
+        spec = self._spec
+        with self._working(attempt):
+            self._store = open_store(spec.store_url, retry_budget_s=spec.store_retry_budget_s)
+            self._shards = ShardStore(self._store)
+            # A new process knows of no attempt; the store does.
+            check_fence(self._store, spec.run, attempt)
+            self._module = _unpickled(spec)
+            self._folders = ModuleFolders(
+                self._store, RunLayout(spec.run), self._module, uploads=self._rank == 0
+            )
+            torch.set_num_threads(spec.context.num_threads)
+            if spec.ranks_per_replica > 1:
                 assert rendezvous is not None
                 self._join_group(rendezvous)
             self._seed("setup")
-            self._module.attach(self._placed(context))
+            self._module.attach(self._placed(spec.context))
             self._module.setup()
             # What a model loads stays: no collection needs to walk through it again.
             gc.collect()
             gc.freeze()
             self._ready = True
-        finally:
-            self._leave()
         return self.state()
 
     def _placed(self, context: Any) -> Any:
@@ -170,10 +183,10 @@ class Worker:
 
     def load_dataset(self, attempt: int, kind: str, digest: str, rows: Sequence[Any]) -> int:
         """Builds the dataset of the flow that starts with this module; returns its length."""
-        self._enter(attempt)
-        dataset = self._module.build_dataset(rows, is_eval=kind == "eval")
-        self._datasets.set(kind, digest, dataset)
-        return len(dataset)
+        with self._working(attempt):
+            dataset = self._module.build_dataset(rows, is_eval=kind == "eval")
+            self._datasets.set(kind, digest, dataset)
+            return len(dataset)
 
     # ---- forward --------------------------------------------------------------------------
 
@@ -182,13 +195,9 @@ class Worker:
 
         The table of the node that commits holds what the shard's file holds, no more.
         """
-        self._enter(call.attempt)
-        self._busy = True
-        try:
+        with self._working(call.attempt):
             batches = [keep_samples(self._shards.load(t), call.samples) for t in tables]
             return self._forward(call, batches)
-        finally:
-            self._leave()
 
     def _forward(self, call: ForwardCall, batches: list[Batch]) -> tuple[Any, Any, NodeReport]:
         started = time.perf_counter()
@@ -216,7 +225,7 @@ class Worker:
         if self._rank:
             return None, None, report  # rank 0 speaks for the replica
         with naming_columns(call, self._module.name):
-            if call.commit is not None:
+            if call.commit_key is not None:
                 stored = [batches[i] for i in call.merged]
                 base = None if call.base is None else batches[call.base]
                 table, result, report = self._shards.commit(
@@ -249,12 +258,8 @@ class Worker:
 
     def train(self, call: TrainCall, *tables: Any) -> Mapping[str, float]:
         """One optimizer step. Collective where a replica has several ranks: every rank."""
-        self._enter(call.attempt)
-        self._busy = True
-        try:
+        with self._working(call.attempt):
             return self._train(call, tables)
-        finally:
-            self._leave()
 
     def _train(self, call: TrainCall, tables: Sequence[Any]) -> Mapping[str, float]:
         started = time.perf_counter()
@@ -300,14 +305,10 @@ class Worker:
 
         Collective: every rank, same order. Rank 0 uploads.
         """
-        self._enter(attempt)
-        self._busy = True
-        try:
+        with self._working(attempt):
             record = self._folders.save(version, with_state=with_state)
             self._digest = record.digest
             return record
-        finally:
-            self._leave()
 
     def committed(self, attempt: int, version: int) -> None:
         """The commit that makes the last training real is there."""
@@ -316,15 +317,8 @@ class Worker:
 
     def restore(self, attempt: int, record: CheckpointRecord, version: int) -> WorkerState:
         """Takes weights, and training state where the record has it, from the store."""
-        self._enter(attempt)
-        self._busy = True
-        try:
-            self._clean = False
-            self._episode = self._sent = self._digest = None
+        with self._working(attempt), self._loading(version):
             self._folders.load(record)
-            self._version, self._clean = version, True
-        finally:
-            self._leave()
         return self.state()
 
     def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource | None:
@@ -332,52 +326,59 @@ class Worker:
 
         None where training has moved on already; the store has them, too.
         """
-        self._enter(attempt)
-        if version != self._version or not self._clean:
-            return None
-        if self._sent is None or self._sent.version != version:
-            self._sent = self._transport.send(
-                self._module.named_weights(),
-                version=version,
-                bucket_bytes=bucket_bytes,
-                digest=self._digest,
-            )
-        return self._sent
+        with self._working(attempt):
+            if version != self._version or not self._clean:
+                return None
+            if self._sent is None or self._sent.version != version:
+                self._sent = self._transport.send(
+                    self._module.named_weights(),
+                    version=version,
+                    bucket_bytes=bucket_bytes,
+                    digest=self._digest,
+                )
+            return self._sent
 
     def receive_weights(self, attempt: int, source: WeightsSource, timeout_s: float) -> WorkerState:
         """Loads the weights."""
-        self._enter(attempt)
-        self._busy = True
+        with self._working(attempt), self._loading(source.version):
+            self._module.load_weights(self._transport.receive(source, timeout_s=timeout_s))
+        return self.state()
+
+    @contextlib.contextmanager
+    def _loading(self, version: int) -> Iterator[None]:
+        """Within it the model is at no version; after it, cleanly at this one."""
+        self._version, self._clean = -1, False
+        self._episode = self._sent = self._digest = None
         try:
-            weights = self._transport.receive(source, timeout_s=timeout_s)
-            self._version = -1  # unknown until the load is through
-            self._module.load_weights(weights)
-            self._version = source.version
-        except SyncError:
+            yield
+        except RlhfFlowsError:
             raise
         except Exception as e:
             raise SyncError(
-                f"{self._module.name!r} failed to load the weights of version {source.version}"
+                f"{self._module.name!r} failed to load version {version}"
                 f" ({type(e).__name__}: {e}): the replica is to be replaced"
             ) from e
-        finally:
-            self._leave()
-        return self.state()
+        self._version, self._clean = version, True
 
     def probe(self, attempt: int, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        self._enter(attempt)
-        return self._module.probe_logprobs(sequences)
+        with self._working(attempt):
+            return self._module.probe_logprobs(sequences)
 
     def weights_digest(self, attempt: int) -> str:
-        self._enter(attempt)
-        self._digest = self._digest or digest_weights(self._module.named_weights())
-        return self._digest
-
-    # ---- inside ---------------------------------------------------------------------------
-
-    def _leave(self) -> None:
-        self._busy = False
-        self._last_call = time.monotonic()
+        with self._working(attempt):
+            self._digest = self._digest or digest_weights(self._module.named_weights())
+            return self._digest
 
     def _seed(self, where: str) -> None:
         seed_everything(self._spec.context.seed, self._module.name, self._rank, where)
+
+
+def _unpickled(spec: PoolSpec) -> BaseModule:
+    try:
+        module: BaseModule = cloudpickle.loads(spec.module)
+    except Exception as e:
+        raise PoolError(
+            f"module {spec.module_name!r} cannot be made on {socket.gethostname()}"
+            f" ({type(e).__name__}: {e}): what its class imports must be installed on every node"
+        ) from e
+    return module

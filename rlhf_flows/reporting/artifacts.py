@@ -148,7 +148,6 @@ class ArtifactProgress(RunBoard):
         self._publisher: asyncio.Task[None] | None = None
         self.seconds = 0.0
         """Spent on showing, so far."""
-        self.updates = 0
 
     async def __aenter__(self) -> Self:
         self._publisher = asyncio.create_task(self._publish(), name="artifacts")
@@ -241,7 +240,6 @@ class ArtifactProgress(RunBoard):
         is_sent = await self._guarded(self._upload(client, artifact, data))
         if is_sent:
             artifact.sent = data
-            self.updates += 1
         seconds = time.monotonic() - started
         self.seconds += seconds
         artifact.due = started + max(_EVERY_S, seconds / _SHARE)

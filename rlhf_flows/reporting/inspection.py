@@ -87,11 +87,12 @@ def _evaluations(store: ObjectStore, run: str, state: RunState) -> Table:
 
 
 def _samples(store: ObjectStore, state: RunState, count: int) -> Iterator[Table]:
-    scored = [e for e in state.episodes.values() if e.scoring and e.rollout]
+    # A shard that is damaged is in one phase only, until it is made again.
+    scored = [e for e in state.episodes.values() if e.scoring.keys() & e.rollout.keys()]
     if not scored:
         return
     last = scored[-1]
-    index = next(i for i in last.scoring if i in last.rollout)
+    index = min(last.scoring.keys() & last.rollout.keys())
     keys = last.rollout[index], last.scoring[index]
     sampled, rewarded = align([from_parquet(store.get(key)) for key in keys])
     batch = sampled | rewarded

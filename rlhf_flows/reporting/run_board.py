@@ -75,7 +75,6 @@ class RunBoard:
         self._seconds: dict[int, dict[str, float]] = {}
         self._evaluations: dict[int, dict[str, float]] = {}
         self._samples: dict[int, list[dict[str, Any]]] = {}
-        self._running: tuple[str, int] | None = None
         self.changes = 0
         """Counts up with whatever is told."""
 
@@ -96,7 +95,6 @@ class RunBoard:
 
     def started(self, phase: str, number: int, total: int) -> None:
         self._totals[phase, number] = total
-        self._running = phase, number
         self.changes += 1
 
     def advanced(self, phase: str, number: int, done: int) -> None:
@@ -131,17 +129,6 @@ class RunBoard:
     def percent(self) -> float:
         """Of all phases of all episodes."""
         return 100.0 * sum(self._share.values()) / max(1, len(self._share))
-
-    @property
-    def headline(self) -> str:
-        """Where the run is, in words."""
-        if self._running is None:
-            return "starting"
-        phase, number = self._running
-        episodes = self._settings.num_episode
-        if phase in PHASES[:3]:
-            return f"{phase} of episode {number + 1} of {episodes}"
-        return f"{phase.replace('_', ' ')} of policy version {number} of {episodes}"
 
     def episodes(self) -> list[dict[str, float | int | None]]:
         """The table of episodes, the newest first; at most the last 500."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from rlhf_flows.flow import RunResult
+from rlhf_flows.services.environment import is_server_configured
 
 __all__ = ["RecipeResult", "print_summary", "summarize", "write_summary"]
 
@@ -80,7 +80,7 @@ def print_summary(console: Console, result: RecipeResult, summary: Mapping[str, 
         console.print(f"sampled with {summary['sampler']}")
     console.print(f"the run: {summary['url']}", soft_wrap=True)
     if summary["flow_run_url"]:
-        note = "" if os.environ.get("PREFECT_API_URL") else "   (once `prefect server start` runs)"
+        note = "" if is_server_configured() else "   (once `prefect server start` runs)"
         console.print(f"its page: {summary['flow_run_url']}{note}", soft_wrap=True)
     if result.next_steps:
         console.print("\nnext:")

@@ -6,15 +6,16 @@ of this package's deployments only:
 
 - *restart*: a flow run that crashed, and has not moved since, is scheduled again. Not at once: a
   worker reports one crash twice, seconds apart, and the second report would hit the new attempt.
-- *heartbeat*: a flow run whose heartbeat stopped has crashed, with its worker or its machine.
+- *heartbeat*: a flow run whose heartbeat stopped has crashed, with its worker or its machine. The
+  heartbeat is this package's own (`heartbeat`), which ends where a flow run is suspended.
 - *give up*: a flow run that crashes often has failed. A run counts its own dead attempts
   (`runtime.max_attempts`); this one is for processes that die before they can count.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import StateType
@@ -22,7 +23,10 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-__all__ = ["TAG", "Delays", "automations", "install", "installed", "remove"]
+from rlhf_flows.services.delays import Delays
+from rlhf_flows.services.heartbeat import HEARTBEAT, LEFT
+
+__all__ = ["TAG", "automations", "install", "installed", "remove"]
 
 TAG = "rlhf-flows"
 """Of the deployments whose flow runs these automations touch."""
@@ -33,18 +37,7 @@ _STOPPING = ("Cancelling", "Cancelled", "Suspended", "Paused")
 _FINISHED = ("Completed", "Failed", "Crashed", "TimedOut")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Delays:
-    """How patient the automations are."""
-
-    restart_s: float = 25.0
-    """Longer than a worker takes to report a crash for the second time: 12 s were seen."""
-    heartbeat_s: float = 90.0
-    """Three heartbeats of a deployment of `prefect.yaml`."""
-    crashes_per_hour: int = 10
-
-
-def automations(delays: Delays, *, tag: str = TAG) -> list[AutomationCore]:
+def automations(delays: Delays) -> list[AutomationCore]:
     """The three, as Prefect takes them."""
 
     def trigger(**how: object) -> EventTrigger:
@@ -52,7 +45,7 @@ def automations(delays: Delays, *, tag: str = TAG) -> list[AutomationCore]:
             {
                 "match": ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"}),
                 "match_related": ResourceSpecification(
-                    {"prefect.resource.id": f"prefect.tag.{tag}", "prefect.resource.role": "tag"}
+                    {"prefect.resource.id": f"prefect.tag.{TAG}", "prefect.resource.role": "tag"}
                 ),
                 "for_each": {"prefect.resource.id"},
                 **how,
@@ -83,8 +76,8 @@ def automations(delays: Delays, *, tag: str = TAG) -> list[AutomationCore]:
         description="Reports a run whose process and worker are gone as crashed.",
         trigger=trigger(
             posture=Posture.Proactive,
-            after=_events("heartbeat"),
-            expect=_events("heartbeat", *_STOPPING, *_FINISHED, *_MOVING),
+            after={HEARTBEAT},
+            expect={HEARTBEAT, LEFT} | _events(*_STOPPING, *_FINISHED, *_MOVING),
             threshold=1,
             within=timedelta(seconds=delays.heartbeat_s),
         ),
@@ -129,13 +122,27 @@ def installed(client: SyncPrefectClient) -> list[Automation]:
     return sorted(found, key=lambda a: a.name)
 
 
-def install(client: SyncPrefectClient, delays: Delays, *, tag: str = TAG) -> list[str]:
-    """Creates the automations, in place of those that are there; their names."""
-    remove(client)
-    wanted = automations(delays, tag=tag)
+def install(client: SyncPrefectClient, delays: Delays) -> list[str]:
+    """Creates the automations, or brings those that are there up to date; their names.
+
+    What is as it should be is left alone: each change makes the server load its triggers anew.
+    """
+    there = {a.name: a for a in installed(client)}
+    wanted = automations(delays)
     for automation in wanted:
-        client.create_automation(automation)
+        found = there.pop(automation.name, None)
+        if found is None:
+            client.create_automation(automation)
+        elif _essence(found) != _essence(automation):
+            client.delete_automation(found.id)
+            client.create_automation(automation)
+    for unknown in there.values():
+        client.delete_automation(unknown.id)
     return [a.name for a in wanted]
+
+
+def _essence(automation: AutomationCore) -> dict[str, Any]:
+    return automation.model_dump(include=set(AutomationCore.model_fields))
 
 
 def remove(client: SyncPrefectClient) -> list[str]:

@@ -8,33 +8,41 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-__all__ = ["cache_folder", "flow_run_url", "prepare_environment"]
+__all__ = [
+    "PRIVATE",
+    "cache_folder",
+    "flow_run_url",
+    "is_server_configured",
+    "prepare_environment",
+]
 
 _QUIET = {
     # What goes wrong is said once, by the command line.
     "PREFECT_LOGGING_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_TO_API_ENABLED": "false",
 }
-_EMBEDDED = {
-    # A server that ends with this process has nobody to report to.
-    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
-    "DO_NOT_TRACK": "1",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-}
+PRIVATE = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
+"""A run that somebody started by hand is reported to nobody."""
 
 
 def prepare_environment(*, verbose: bool = False) -> None:
     """Sets the defaults of a run started by hand."""
     if not verbose:
         _set(_QUIET)
-    if "PREFECT_API_URL" not in os.environ:
-        _set(_EMBEDDED)
+    _set(PRIVATE)
     _set({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "passive"})
 
 
 def _set(defaults: dict[str, str]) -> None:
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+
+
+def is_server_configured() -> bool:
+    """Whether Prefect has a server to ask: by the environment, or by the profile in use."""
+    from prefect.settings import PREFECT_API_URL
+
+    return bool(PREFECT_API_URL.value())
 
 
 def flow_run_url(flow_run_id: str) -> str:

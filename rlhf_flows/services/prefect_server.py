@@ -1,9 +1,9 @@
 """A Prefect server for one process, where none is configured.
 
 Prefect brings an ephemeral server of its own; this one differs in three things that a person
-notices: its pages can be opened while the run goes on, it takes a port that is free for certain,
-and it ends with its process however that ends, a `kill -9` included. The database is the one of
-`prefect server start`, so that a later server shows the same runs.
+notices: its pages can be opened while the run goes on, it takes a port that was free a moment
+before, and it ends with its process however that ends, a `kill -9` included. The database is the
+one of `prefect server start`, so that a later server shows the same runs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
-from rlhf_flows.errors import WaitTimeoutError
+import httpx
 
-__all__ = ["PrefectServer", "kept_prefect_api", "prefect_api"]
+from rlhf_flows.errors import ConfigError, WaitTimeoutError
+from rlhf_flows.services.environment import PRIVATE, is_server_configured
+
+__all__ = ["PrefectServer", "check_configured_server", "kept_prefect_api", "prefect_api"]
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 3.0
@@ -42,8 +44,6 @@ _IDLE_SERVICES = (
     "TRIGGERS",
 )
 """What schedules, watches workers or fires automations: of no use to one run."""
-_PRIVATE = {"PREFECT_SERVER_ANALYTICS_ENABLED": "false", "DO_NOT_TRACK": "1"}
-"""A server that ends with its process has nobody to report to."""
 _RECORDER = {
     # One insert for all that happened within a second, not one for each change of a task's state:
     # 10 ms of CPU time a task instead of 26, and at the end of a run nothing waits to be written.
@@ -62,6 +62,10 @@ class PrefectServer:
         self._process = self._start()
 
     @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
+    @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
@@ -74,7 +78,8 @@ class PrefectServer:
 
         services = {f"PREFECT_SERVER_SERVICES_{name}_ENABLED": "false" for name in _IDLE_SERVICES}
         environment = {
-            **_PRIVATE,
+            **PRIVATE,
+            "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
             **os.environ,
             **services,
             **_RECORDER,
@@ -101,7 +106,7 @@ class PrefectServer:
         """Until it answers. Raises WaitTimeoutError."""
         deadline = time.monotonic() + _START_TIMEOUT_S
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
+            if not self.is_running:
                 break
             try:
                 with urllib.request.urlopen(f"{self.api_url}/health", timeout=5):
@@ -119,7 +124,7 @@ class PrefectServer:
 
     def stop(self) -> None:
         """Ends the process, which writes what it still holds."""
-        if self._process.poll() is None:
+        if self.is_running:
             self._process.terminate()
             try:
                 self._process.wait(_STOP_TIMEOUT_S)
@@ -132,10 +137,26 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+def check_configured_server() -> None:
+    """Asks the server that is configured, if one is. Raises ConfigError where nobody answers."""
+    if not is_server_configured():
+        return
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        error = client.api_healthcheck()
+        if isinstance(error, httpx.TransportError):
+            raise ConfigError(
+                f"the Prefect server at {client.api_url} does not answer ({error}): start it with"
+                " `prefect server start`, set PREFECT_API_URL to one that runs, or unset it"
+                " (`prefect config unset PREFECT_API_URL`) to have one for this run alone"
+            ) from error
+
+
 @contextmanager
 def prefect_api() -> Iterator[PrefectServer | None]:
     """Within it Prefect has a server: the one that is configured, else one of this process."""
-    if _is_configured():
+    if is_server_configured():
         yield None
         return
     server = PrefectServer()
@@ -149,17 +170,11 @@ def prefect_api() -> Iterator[PrefectServer | None]:
 @contextmanager
 def kept_prefect_api() -> Iterator[PrefectServer | None]:
     """`prefect_api` for a program that may come again: its server is started once, and kept."""
-    if _is_configured():
+    if is_server_configured():
         yield None
         return
     with _used(_kept_server()) as server:
         yield server
-
-
-def _is_configured() -> bool:
-    from prefect.settings import PREFECT_API_URL
-
-    return bool(PREFECT_API_URL.value())
 
 
 @contextmanager
@@ -170,17 +185,33 @@ def _used(server: PrefectServer) -> Iterator[PrefectServer]:
         yield server
 
 
-@cache
+_kept: list[PrefectServer] = []
+_starting = threading.Lock()
+
+
 def _kept_server() -> PrefectServer:
-    """The server of this process, until it exits."""
-    started: queue.SimpleQueue[PrefectServer] = queue.SimpleQueue()
+    """The server of this process, until it exits; another one where that has ended."""
+    with _starting:
+        if not (_kept and _kept[-1].is_running):
+            _kept.append(_started_in_lasting_thread())
+        return _kept[-1]
+
+
+def _started_in_lasting_thread() -> PrefectServer:
+    started: queue.SimpleQueue[PrefectServer | OSError] = queue.SimpleQueue()
 
     def hold() -> None:
-        started.put(PrefectServer())
+        try:
+            started.put(PrefectServer())
+        except OSError as e:
+            started.put(e)
+            return
         # Linux ends a child with the thread that started it, and threads of callers come and go.
         threading.Event().wait()
 
     threading.Thread(target=hold, name="rlhf_flows Prefect server", daemon=True).start()
     server = started.get()
+    if isinstance(server, OSError):
+        raise server
     atexit.register(server.stop)
     return server

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import psutil
 
-from rlhf_flows.errors import FencedError, RunBusyError, StoreUnavailableError
+from rlhf_flows.errors import FencedError, RunBusyError, StoreError
 from rlhf_flows.store.commit import commit_json, read_json
 from rlhf_flows.store.layout import RunLayout, parse_key
 from rlhf_flows.store.objects import ObjectStore
@@ -85,8 +85,13 @@ def take_attempt(
         newest = max(numbers, default=0)
         if newest and newest not in ended and not takeover:
             theirs = read_json(store, layout.attempt(newest))
-            if flow_run_id is None or theirs["flow_run_id"] != flow_run_id:
-                _refuse_if_alive(run, newest, theirs, mine)
+            is_another = flow_run_id is None or theirs["flow_run_id"] != flow_run_id
+            if is_another and _is_alive(theirs, mine):
+                raise RunBusyError(
+                    f"run {run!r} is busy: attempt {newest} is alive as process {theirs['pid']} on"
+                    f" {theirs['host']}, since {theirs['started_at']}: wait for it, cancel its flow"
+                    " run, or replace it (`rlhf-flows train --takeover`, `learn(takeover=True)`)"
+                )
         record = {
             "run": run,
             "number": newest + 1,
@@ -103,12 +108,12 @@ def take_attempt(
 
 
 def end_attempt(store: ObjectStore, run: str, number: int, outcome: Outcome) -> None:
-    """Record how the attempt ended, if the store is there. The first record stands."""
+    """Record how the attempt ended, if the store takes it. The first record stands."""
     record = {"number": number, "outcome": outcome, "ended_at": _now()}
     try:
         commit_json(store, RunLayout(run).attempt_ended(number), record)
-    except StoreUnavailableError as error:
-        # Nothing hangs on it, and the caller may be on its way out with this very error.
+    except StoreError as error:
+        # No run fails for it, nor is the error hidden that the caller may be on its way out with.
         logger.warning("that attempt %d ended (%s) is not recorded: %s", number, outcome, error)
 
 
@@ -121,10 +126,16 @@ def newest_attempt(store: ObjectStore, run: str) -> int:
 def deaths_in_a_row(store: ObjectStore, run: str) -> list[int]:
     """The newest attempts that died, back to one that ended in good order; the newest first.
 
-    One that was fenced counts neither way: somebody else had the run by then.
+    One that was fenced counts neither way: somebody else had the run by then. Nor does the newest
+    one where it is plainly alive.
     """
     layout = RunLayout(run)
     numbers, ended = _listed(store, layout)
+    newest = max(numbers, default=0)
+    if newest and newest not in ended:
+        theirs = read_json(store, layout.attempt(newest))
+        if _is_alive(theirs, _this_process()):
+            numbers.remove(newest)
     deaths = []
     for number in sorted(numbers, reverse=True):
         key = layout.attempt_ended(number)
@@ -162,21 +173,17 @@ def _this_process() -> dict[str, Any]:
     return {"host": socket.gethostname(), "pid": pid, "process_started_s": started}
 
 
-def _refuse_if_alive(run: str, number: int, theirs: dict[str, Any], mine: dict[str, Any]) -> None:
+def _is_alive(theirs: dict[str, Any], mine: dict[str, Any]) -> bool:
+    """Whether the process of an attempt is another one of this machine, and runs."""
     if theirs["host"] != mine["host"] or theirs["pid"] == mine["pid"]:
-        return
+        return False
     try:
         process = psutil.Process(theirs["pid"])
         started, status = process.create_time(), process.status()
     except psutil.NoSuchProcess:
-        return
+        return False
     is_same = abs(started - theirs["process_started_s"]) <= _START_TOLERANCE_S
-    if is_same and status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD):
-        raise RunBusyError(
-            f"run {run!r} is busy: attempt {number} is alive as process {theirs['pid']} on "
-            f"{theirs['host']}, since {theirs['started_at']}: wait for it, stop it, or start with "
-            "takeover=true to replace it"
-        )
+    return is_same and status not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
 
 
 def _versions() -> dict[str, str | None]:

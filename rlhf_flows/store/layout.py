@@ -89,6 +89,11 @@ class RunLayout:
     def weights_prefix(self, version: int, uid: str) -> str:
         return f"{self.run}/weights/version={version:06d}/{_check_word(uid)}"
 
+    def version_of_weights(self, prefix: str) -> int | None:
+        """The policy version whose weights are the folder at `prefix`; None for other folders."""
+        match = _WEIGHTS_FOLDER.fullmatch(prefix.removeprefix(f"{self.run}/"))
+        return None if match is None else int(match["version"])
+
     def evaluation_prefix(self, version: int, digest: str) -> str:
         return f"{self.run}/evaluations/version={version:06d}/eval={_check_word(digest)}"
 
@@ -198,6 +203,7 @@ _SPELLINGS: tuple[tuple[Kind, str], ...] = (
     ("evaluation_done", rf"{_EVALUATION}/done\.json"),
     ("deleted", rf"deleted/(?P<rest>(?:checkpoints|weights)/{_FOLDER})\.json"),
 )
+_WEIGHTS_FOLDER = re.compile(rf"weights/{_FOLDER}", re.ASCII)
 # By first folder, so that a shard's key is not held against the patterns of checkpoints.
 _PATTERNS: dict[str, list[tuple[Kind, re.Pattern[str]]]] = {}
 for _kind, _spelling in _SPELLINGS:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from rlhf_flows.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
+from rlhf_flows.errors import StoreError
+from rlhf_flows.store.disk import on_disk
 from rlhf_flows.store.objects import (
     FileRecord,
     Listing,
@@ -32,7 +33,7 @@ from rlhf_flows.store.objects import (
     list_files,
 )
 from rlhf_flows.store.patience import BRIEF_S, Patience
-from rlhf_flows.store.working import DISK_FULL, filled, remove_old
+from rlhf_flows.store.working import filled, remove_old
 
 __all__ = ["LocalStore"]
 
@@ -40,7 +41,6 @@ T = TypeVar("T")
 _TEMPORARY = ".tmp-"
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _GONE = (FileNotFoundError, NotADirectoryError)
-_MAY_PASS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EBUSY, errno.EMFILE, errno.ENFILE}
 
 
 class LocalStore:
@@ -83,7 +83,7 @@ class LocalStore:
         return self._patience.keep_trying(lambda: self._put_once(final, data))
 
     def _put_once(self, final: Path, data: bytes) -> bool:
-        with _explained("write", final):
+        with on_disk("write", final):
             temporary = _write_temporary(final.parent, data)
             try:
                 os.link(temporary, final)
@@ -181,7 +181,7 @@ class LocalStore:
 
     def _try(self, action: str, path: Path, call: Callable[[], T]) -> T:
         def once() -> T:
-            with _explained(action, path):
+            with on_disk(action, path):
                 return call()
 
         return self._patience.keep_trying(once)
@@ -209,21 +209,6 @@ class LocalStore:
             while folder != self.root:
                 folder.rmdir()
                 folder = folder.parent
-
-
-@contextmanager
-def _explained(action: str, path: Path) -> Iterator[None]:
-    """Translate what the operating system says into an error of ours."""
-    try:
-        yield
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise ObjectNotFoundError(f"cannot {action} {path}: there is no such object") from error
-    except OSError as error:
-        if error.errno in DISK_FULL:
-            reason = f"cannot {action} {path}: the disk is full: free some space"
-            raise StoreUnavailableError(reason) from error
-        kind = StoreUnavailableError if error.errno in _MAY_PASS else StoreError
-        raise kind(f"cannot {action} {path}: {error.strerror}") from error
 
 
 def _is_temporary(key: str) -> bool:
@@ -261,7 +246,12 @@ def _link(source: Path, target: Path) -> None:
     with source.open("rb") as file:
         os.fsync(file.fileno())
     _make_folder(target.parent)
-    os.link(source, target)
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        # An earlier try took effect, and its answer was lost.
+        if not target.samefile(source):
+            raise
 
 
 def _fetch(record: FileRecord, source: Path, target: Path) -> None:

@@ -33,6 +33,7 @@ import psutil
 import s3fs
 
 from rlhf_flows.errors import StoreError, StoreUnavailableError
+from rlhf_flows.store.disk import on_disk
 from rlhf_flows.store.objects import (
     FileRecord,
     Listing,
@@ -147,12 +148,9 @@ class S3Store:
 
         def fetch(record: FileRecord) -> None:
             source, path = f"{prefix}/{record.name}", unverified / check_key(record.name)
-            path.parent.mkdir(parents=True, exist_ok=True)
             self._get_file(source, path, size=record.size)
             record.verify(path, source=f"{self.url}/{source}")
-            target = local / record.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            path.replace(target)
+            self._on_disk(local / record.name, partial(_move, path, local / record.name))
 
         try:
             with _threads(_FILES_AT_ONCE) as pool:
@@ -182,17 +180,19 @@ class S3Store:
     def sweep(self, prefix: str = "", *, older_than_s: float = 3600.0) -> int:
         """Abort multipart uploads that nobody completed (at most 1,000 a call)."""
         before = datetime.now(UTC) - timedelta(seconds=older_than_s)
-        below = f"{self.prefix}{folder_prefix(prefix)}"
-        found = self._ask("list uploads of", prefix, "list_multipart_uploads", Prefix=below)
-        leftovers = [upload for upload in found.get("Uploads", ()) if upload["Initiated"] <= before]
-        for upload in leftovers:
-            self._abort({"Key": upload["Key"], "UploadId": upload["UploadId"]})
-        return len(leftovers) + remove_old(
+        # First: an account that may not list uploads still has a disk.
+        count = remove_old(
             Path(tempfile.gettempdir()),
             _WORKING,
             before_s=before.timestamp(),
             unless=_is_of_a_living_process,
         )
+        below = f"{self.prefix}{folder_prefix(prefix)}"
+        found = self._ask("list uploads of", prefix, "list_multipart_uploads", Prefix=below)
+        leftovers = [upload for upload in found.get("Uploads", ()) if upload["Initiated"] <= before]
+        for upload in leftovers:
+            self._abort({"Key": upload["Key"], "UploadId": upload["UploadId"]})
+        return count + len(leftovers)
 
     # ---- files, part by part --------------------------------------------------------------
 
@@ -240,23 +240,38 @@ class S3Store:
 
         self._try("abort the upload of", upload["Key"].removeprefix(self.prefix), once)
 
-    def _size(self, name: str) -> int:
-        size: int = self._call("head_object", Key=name)["ContentLength"]
+    def _size(self, name: str) -> int | None:
+        """Bytes; None where there is no such object."""
+        try:
+            size: int = self._call("head_object", Key=name)["ContentLength"]
+        except FileNotFoundError:
+            return None
         return size
 
     def _get_file(self, key: str, path: Path, *, size: int) -> None:
         """The file as it is in the store, if of that size; any other comes out as another size."""
-        with path.open("wb") as file, _threads(_PARTS_AT_ONCE) as pool:
-            if size <= _PART_BYTES:
-                file.write(self._get(key))
-                return
+        self._on_disk(path, partial(_make_empty, path))
+        if size <= _PART_BYTES:
+            data = self._get(key)
+            self._on_disk(path, lambda: path.write_bytes(data))
+            return
 
-            def fetch(start: int) -> None:
-                data = self._get(key, start=start, end=min(start + _PART_BYTES, size))
-                os.pwrite(file.fileno(), data, start)
+        def fetch(start: int) -> None:
+            data = self._get(key, start=start, end=min(start + _PART_BYTES, size))
+            self._on_disk(path, partial(_write_part, path, start, data))
 
+        with _threads(_PARTS_AT_ONCE) as pool:
             for fetched in [pool.submit(fetch, start) for start in range(0, size, _PART_BYTES)]:
                 fetched.result()
+
+    def _on_disk(self, path: Path, call: Callable[[], T]) -> T:
+        """What `call`, which writes `path`, returns: a disk that is full is waited for."""
+
+        def once() -> T:
+            with on_disk("write", path):
+                return call()
+
+        return self._patience.keep_trying(once)
 
     # ---- requests -------------------------------------------------------------------------
 
@@ -310,6 +325,23 @@ def _threads(count: int) -> Iterator[ThreadPoolExecutor]:
         except BaseException:  # an interrupt, too, must not wait for all that was queued
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _make_empty(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch()
+
+
+def _write_part(path: Path, start: int, data: bytes) -> None:
+    """All of it, or an error: `os.pwrite` to a disk that fills up writes less, and says nothing."""
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(data)
+
+
+def _move(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    path.replace(target)
 
 
 def _read_part(path: Path, start: int, num_bytes: int) -> bytes:

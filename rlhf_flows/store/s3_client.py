@@ -60,12 +60,14 @@ def explained(action: str, url: str, key: str) -> Iterator[None]:
             "AWS_ENDPOINT_URL, unless it is AWS) for an account that may use this bucket"
         ) from error
     except FileNotFoundError as error:
-        if action == "read" and code(error) != "NoSuchBucket":
+        if code(error) == "NoSuchBucket" or action == "list":
+            raise StoreError(
+                f"{what}: there is no bucket {bucket!r} at {_endpoint()}: create it, or "
+                "correct the URL or AWS_ENDPOINT_URL"
+            ) from error
+        if action == "read":
             raise ObjectNotFoundError(f"{what}: there is no such object") from error
-        raise StoreError(
-            f"{what}: there is no bucket {bucket!r} at {_endpoint()}: create it, or "
-            "correct the URL or AWS_ENDPOINT_URL"
-        ) from error
+        raise StoreError(f"{what}: {_answer(error)}") from error
     except _NETWORK_ERRORS as error:
         answered = status(error)
         if answered is None:
@@ -73,7 +75,7 @@ def explained(action: str, url: str, key: str) -> Iterator[None]:
                 f"{what}: no answer from {_endpoint()} ({error or type(error).__name__}): is "
                 "it up, and is AWS_ENDPOINT_URL right?"
             ) from error
-        reason = f"{what}: {_endpoint()} answered {answered} {_reason(error)}"
+        reason = f"{what}: {_answer(error)}"
         if answered in _TRY_AGAIN or code(error) in TRY_AGAIN_CODES:
             raise StoreUnavailableError(reason) from error
         raise StoreError(reason) from error
@@ -92,6 +94,10 @@ def _response(error: BaseException) -> dict[str, Any]:
 def status(error: BaseException) -> int | None:
     number: int | None = _response(error).get("ResponseMetadata", {}).get("HTTPStatusCode")
     return number
+
+
+def _answer(error: BaseException) -> str:
+    return f"{_endpoint()} answered {status(error)} {_reason(error)}"
 
 
 def _reason(error: BaseException) -> str:

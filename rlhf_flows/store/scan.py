@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from rlhf_flows.store.layout import KeyParts, RunLayout, ShardPhase, parse_key
+from rlhf_flows.store.layout import KeyParts, ShardPhase, parse_key
 from rlhf_flows.store.objects import ObjectStore
 
 __all__ = ["EpisodeState", "EvaluationState", "RunState", "scan", "scan_keys"]
@@ -30,14 +30,6 @@ class EpisodeState:
     trained: bool
     damaged: Mapping[tuple[ShardPhase, int], int]
     """(phase, shard index) -> newest generation that is known to be damaged."""
-
-    def shards(self, phase: ShardPhase) -> Mapping[int, str]:
-        return self.rollout if phase == "rollout" else self.scoring
-
-    def missing(self, phase: ShardPhase, indices: Iterable[int]) -> list[int]:
-        """Those of the planned `indices` that have no shard yet."""
-        there = self.shards(phase)
-        return [index for index in indices if index not in there]
 
     def next_generation(self, phase: ShardPhase, index: int) -> int:
         """The generation under which a missing shard is to be written."""
@@ -69,8 +61,6 @@ class RunState:
     episodes: Mapping[int, EpisodeState]
     evaluations: Mapping[tuple[int, str], EvaluationState]
     """By (policy version, digest of the evaluation)."""
-    folders: frozenset[str]
-    """Prefixes of checkpoints and weights with at least one file; real only if a commit says so."""
     deleted: frozenset[str]
     """Prefixes of checkpoints and weights that retention has deleted, or began to."""
 
@@ -94,11 +84,9 @@ def scan(store: ObjectStore, run: str) -> RunState:
 
 def scan_keys(run: str, keys: Iterable[str]) -> RunState:
     """Pure: the same for the same keys, in any order. Keys of anything else are ignored."""
-    layout = RunLayout(run)
     attempts: list[int] = []
     episodes: dict[int, _Episode] = {}
     evaluations: dict[tuple[int, str], _Evaluation] = {}
-    folders: set[str] = set()
     deleted: set[str] = set()
     exists = False
     for key in keys:
@@ -110,10 +98,6 @@ def scan_keys(run: str, keys: Iterable[str]) -> RunState:
                 exists = True
             case KeyParts(kind="attempt"):
                 attempts.append(parts.number)
-            case KeyParts(kind="checkpoint_file"):
-                folders.add(layout.checkpoint_prefix(parts.version, parts.word))
-            case KeyParts(kind="weights_file"):
-                folders.add(layout.weights_prefix(parts.version, parts.word))
             case KeyParts(kind="deleted"):
                 deleted.add(f"{run}/{parts.rest}")
             case KeyParts(kind="evaluation_shard" | "evaluation_tombstone" | "evaluation_done"):
@@ -126,7 +110,6 @@ def scan_keys(run: str, keys: Iterable[str]) -> RunState:
         attempts=tuple(sorted(attempts)),
         episodes={number: episodes[number].state(number) for number in sorted(episodes)},
         evaluations={which: found.state() for which, found in sorted(evaluations.items())},
-        folders=frozenset(folders),
         deleted=frozenset(deleted),
     )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from rlhf_flows.errors import StoreError
 from rlhf_flows.store.layout import RunLayout, parse_key
@@ -22,17 +23,22 @@ logger = logging.getLogger(__name__)
 def sweep_run(store: ObjectStore, run: str, *, older_than_s: float = 3600.0) -> int:
     """Remove what no commit will ever need; the number of leftovers.
 
-    Unfinished writes, working folders, and what `sweep_folders` finds. What the store refuses is
-    left to a later sweep.
+    Unfinished writes, working folders, and what `sweep_folders` finds. What the store refuses of
+    one is left to a later sweep, and does not keep it from the other: an account that may delete
+    objects need not be allowed to list uploads.
     """
-    try:
-        count = store.sweep(run, older_than_s=older_than_s)
-        count += len(sweep_folders(store, run, older_than_s=older_than_s))
-    except StoreError as error:
-        logger.warning(
-            "not all leftovers of run %r are swept, a later attempt will: %s", run, error
-        )
-        return 0
+    sweeps: tuple[Callable[[], int], ...] = (
+        lambda: store.sweep(run, older_than_s=older_than_s),
+        lambda: len(sweep_folders(store, run, older_than_s=older_than_s)),
+    )
+    count = 0
+    for sweep in sweeps:
+        try:
+            count += sweep()
+        except StoreError as error:
+            logger.warning(
+                "not all leftovers of run %r are swept, a later attempt will: %s", run, error
+            )
     if count:
         logger.info("swept %d leftovers of killed attempts of run %r", count, run)
     return count

@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rlhf_flows.errors import StoreUnavailableError
+from rlhf_flows.store.disk import DISK_FULL
 from rlhf_flows.store.patience import Patience
 
-__all__ = ["DISK_FULL", "filled", "remove_old"]
+__all__ = ["filled", "remove_old"]
 
-DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _MARGIN_BYTES = 16 << 20
 
 

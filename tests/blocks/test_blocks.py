@@ -103,6 +103,21 @@ def test_credentials_are_exported_to_this_process_only_when_asked(
     assert [os.environ[n] for n in names] == ["http://127.0.0.1:9000", "key", SECRET, SECRET]
 
 
+def test_every_setting_of_a_part_of_the_configuration_is_a_field_of_its_block() -> None:
+    cluster = RayCluster(
+        address="10.0.0.7:6379",
+        num_cpus=3,
+        object_store_memory_bytes=1 << 27,
+        lease_seconds=60,
+        keep_pools_on_cancel=True,
+    )
+    store = EpisodeStore(url="s3://bucket", single_writer=True, retry_budget_s=5)
+    for config in (cluster.to_config(), store.to_config()):
+        default = type(config)()
+        same = [n for n in type(config).model_fields if getattr(config, n) == getattr(default, n)]
+        assert not same, f"{type(config).__name__}: not set by its block"
+
+
 def test_half_of_the_credentials_is_refused() -> None:
     with pytest.raises(ValueError, match="belong together"):
         EpisodeStore(url="s3://bucket", access_key_id="key")

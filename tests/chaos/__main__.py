@@ -19,6 +19,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--real", action="store_true", help="vLLM and the torch trainer, no toys")
     parser.add_argument("--json", type=Path, help="write the outcome of each seed, a line each")
     args = parser.parse_args()
 
@@ -41,7 +42,7 @@ def main() -> int:
         address = ray.get_runtime_context().gcs_address
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         try:
-            for outcome in campaign(Path(root), seeds, address=address):
+            for outcome in campaign(Path(root), seeds, address=address, real=args.real):
                 outcomes.append(outcome)
                 how = "exact" if not outcome.failure else f"NOT EXACT: {outcome.failure}"
                 deaths = ", ".join(

@@ -18,7 +18,7 @@ def chaos(services: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[C
     campaign.close()
 
 
-@pytest.mark.parametrize("seed", [11, 22, 28])
+@pytest.mark.parametrize("seed", [11, 22, 34])
 def test_whoever_dies_wherever_the_run_ends_as_if_nobody_had(chaos: Campaign, seed: int) -> None:
     outcome = chaos.run(seed)
     assert not outcome.failure, outcome.failure
@@ -30,6 +30,13 @@ def test_the_seeds_of_a_campaign_go_through_every_point_and_are_fixed() -> None:
     assert {(deaths[0].who, deaths[0].point) for deaths in first} == set(POINTS)
     assert first == [deaths_of(seed, 10.0) for seed in range(len(POINTS))]
     assert any(death.point is None for deaths in first for death in deaths)
+    assert {d.who for deaths in first for d in deaths} == {
+        "flow",
+        "policy",
+        "reward",
+        "trainer",
+        "trainer rank 1",
+    }
 
 
 def test_the_table_counts_deaths_that_happened_and_the_exact_runs_among_them() -> None:

@@ -16,23 +16,24 @@ from rlhf_flows.modules.base import ModuleContext
 from tests.chaos.points import Points
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
-__all__ = ["chaos_engine"]
+__all__ = ["Visiting", "chaos_engine"]
 
 
-class _Visiting:
-    """Mixed into a toy: its worker process has points."""
+class Visiting:
+    """Mixed into a module: its worker process has points."""
 
     folder: Path
     name: str
 
     def attach(self, context: ModuleContext) -> None:
         super().attach(context)  # type: ignore[misc]
-        self.points = Points(self.name, self.folder)
+        who = f"{self.name} rank {context.rank}" if context.rank else self.name
+        self.points = Points(who, self.folder)
         self.points.install()
-        (self.folder / f"pid-{self.name}").write_text(str(os.getpid()))
+        (self.folder / f"pid-{who}").write_text(str(os.getpid()))
 
 
-class ChaosPolicy(_Visiting, ToyPolicy):
+class ChaosPolicy(Visiting, ToyPolicy):
     def forward_step(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
         self.points.reach("sampling")
         return super().forward_step(data, iteration)
@@ -49,7 +50,7 @@ class ChaosPolicy(_Visiting, ToyPolicy):
         return _probe(self.model, sequences)
 
 
-class ChaosReward(_Visiting, ToyReward):
+class ChaosReward(Visiting, ToyReward):
     def forward_step(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
         self.points.reach("scoring")
         time.sleep(self.slow_s)
@@ -58,9 +59,10 @@ class ChaosReward(_Visiting, ToyReward):
     slow_s = 0.0
 
 
-class ChaosTrainer(_Visiting, ToyTrainer):
+class ChaosTrainer(Visiting, ToyTrainer):
     def train_step(self, data: list[dict[str, Any]], iteration: int) -> Mapping[str, float]:
         self.points.reach("before a step")
+        self._meet()
         before = self.model.preferences.detach().clone()
         metrics = super().train_step(data, iteration)
         after = self.model.preferences.detach().clone()
@@ -68,8 +70,14 @@ class ChaosTrainer(_Visiting, ToyTrainer):
             self.model.preferences[5:] = before[5:]
             self.points.reach("in the middle of a step")
             self.model.preferences.copy_(after)
+        self._meet()
         self.points.reach("after a step")
         return metrics
+
+    def _meet(self) -> None:
+        """Where a trainer of several ranks waits for them all, as for their gradients."""
+        if self.world_size > 1:
+            torch.distributed.barrier()
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
         self.points.reach("probing")

@@ -4,8 +4,8 @@ A flow process spends its first seven seconds importing torch, Ray and Prefect; 
 hundreds. Nothing is started here before the fork (no Ray, no event loop, no thread of ours), so a
 child is what a fresh process would be after its imports.
 
-Reads one JSON object a line ({"store", "run", "folder", "address", "runtime", "slow_s"}), forks,
-and answers with the child's process id; {"wait": pid} is answered with its exit status.
+Reads one JSON object a line (settings, as `Campaign` makes them), forks, and answers with the
+child's process id; {"wait": pid} is answered with its exit status.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import rlhf_flows.attempt.running
 import rlhf_flows.pools.worker  # noqa: F401
 from rlhf_flows.tasks import NoProgress
 from tests.chaos.points import Points
+from tests.chaos.real import real_engine
 from tests.chaos.toys import chaos_engine
 from tests.end_to_end.whole_run import learn
 
@@ -49,8 +50,9 @@ def attempt(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     points = Points("flow", folder)
     points.install()
+    real = settings["real"]
     learn(
-        chaos_engine(folder, slow_s=settings["slow_s"]),
+        real_engine(folder) if real else chaos_engine(folder, slow_s=settings["slow_s"]),
         settings["store"],
         settings["run"],
         address=settings["address"],

@@ -18,7 +18,6 @@ from rlhf_flows.data import (
     align,
     keep_samples,
     make_plan,
-    planned_batch,
     select,
     training_batches,
 )
@@ -83,7 +82,7 @@ def test_batches_name_the_rows_that_are_left_where_they_lie_in_the_scored_shard(
     plan, quarantine = given_
     scored = {
         s.index: keep_samples(
-            planned_batch(plan, s.index),
+            {"sample_id": plan.samples(s.index)["sample_id"]},
             {n for group in quarantine.kept("scoring", s.index) for n in group},
         )
         for s in plan.shards

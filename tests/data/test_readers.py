@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -63,6 +64,21 @@ def test_duckdb_sees_lists_of_numbers_over_all_shards(folder: Path) -> None:
     assert rows[2] == [[0, 1], [0.0, -1.0], [0.5, 0.5], 1.5, "2", "text"]
     mean = query(f"select avg(reward), avg(len(response_ids)) from {files}")
     assert mean == [[1.0, 1.0]]
+
+
+def test_the_query_of_the_documentation_counts_each_sample_once_beside_a_damaged_shard(
+    folder: Path,
+) -> None:
+    page = (Path(__file__).parents[2] / "docs/store.md").read_text("utf-8")
+    found = re.search(r"CREATE VIEW rollout.*FROM rollout;", page, re.DOTALL)
+    assert found is not None
+    asked = found[0].replace("runs/RUN", str(folder))
+    assert query(asked) == [[3, 3]]
+    shards = folder / "episodes/episode=000000/rollout"
+    (shards / "shard-00001.g1.parquet").write_bytes(to_parquet(SHARDS[1]))
+    assert query(asked) == [[4, 3]]
+    (shards / "shard-00001.tombstone.json").write_text("{}")
+    assert query(asked) == [[3, 3]]
 
 
 def test_pandas_sees_arrays_of_numbers(folder: Path) -> None:

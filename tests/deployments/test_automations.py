@@ -5,14 +5,20 @@ from __future__ import annotations
 import os
 import signal
 import time
+from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import emit_event
+from prefect.states import Suspended
 
-from rlhf_flows.services.automations import Delays, install, installed, remove
+from rlhf_flows.services.automations import TAG, install, installed, remove
+from rlhf_flows.services.delays import Delays
+from rlhf_flows.services.heartbeat import HEARTBEAT
 from tests.deployments.worker import (
     attempt,
     deploy_toy,
@@ -20,6 +26,7 @@ from tests.deployments.worker import (
     history,
     in_state,
     kill_group,
+    outcome,
     process_worker,
     wait_for,
 )
@@ -41,7 +48,7 @@ def automations(client: SyncPrefectClient) -> None:
 def start_toy(client: SyncPrefectClient, store: Path, address: str, *, slow_s: float = 0.5) -> UUID:
     parameters: dict[str, Any] = {
         "store": str(store),
-        "address": address,
+        "cluster": {"address": address},
         "log": str(store / "calls"),
         "slow_s": slow_s,
         "runtime": {**RUNTIME, "num_episode": EPISODES},
@@ -54,14 +61,6 @@ def wait_for_work(store: Path, flow_run_id: UUID) -> Path:
     shard = folder / "episodes/episode=000000/rollout/shard-00001.parquet"
     wait_for("the first shards", lambda: existing(shard), timeout_s=180)
     return folder
-
-
-def test_installing_twice_leaves_three_and_removing_none(client: SyncPrefectClient) -> None:
-    install(client, DELAYS)
-    names = [a.name for a in installed(client)]
-    assert names == ["rlhf-flows: give up", "rlhf-flows: heartbeat", "rlhf-flows: restart"]
-    assert sorted(remove(client)) == names
-    assert installed(client) == []
 
 
 def test_a_killed_flow_process_is_followed_by_another_one_with_the_same_pools(
@@ -97,6 +96,34 @@ def test_a_run_whose_worker_died_with_it_goes_on_at_another_worker(
     assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
 
 
+def test_a_suspended_run_waits_for_a_person_whatever_heartbeats_its_process_gave_until_it_ended(
+    client: SyncPrefectClient, ray_head: str, tmp_path: Path
+) -> None:
+    with process_worker(tmp_path / "worker.log"):
+        flow_run_id = start_toy(client, tmp_path, ray_head, slow_s=2.0)
+        folder = wait_for_work(tmp_path, flow_run_id)
+        client.set_flow_run_state(flow_run_id, Suspended(timeout_seconds=600))
+        for name in ("prefect.flow-run.heartbeat", HEARTBEAT):
+            emit_event(
+                name,
+                resource={"prefect.resource.id": f"prefect.flow-run.{flow_run_id}"},
+                related=[
+                    {
+                        "prefect.resource.id": f"prefect.tag.{TAG}",
+                        "prefect.resource.role": "tag",
+                    }
+                ],
+            )
+        wait_for("the end of the process", lambda: outcome(folder, 1), timeout_s=30)
+        time.sleep(DELAYS.heartbeat_s + DELAYS.restart_s + 20)
+        assert history(client, flow_run_id)[-1] == "Suspended"
+        assert outcome(folder, 1) == "suspended"
+        client.resume_flow_run(flow_run_id)
+        wait_for("the end", lambda: in_state(client, flow_run_id, "COMPLETED"), timeout_s=120)
+    assert "Crashed" not in history(client, flow_run_id)
+    assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
+
+
 def test_a_run_that_cannot_even_start_is_given_up_and_others_are_not_touched(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:
@@ -110,3 +137,19 @@ def test_a_run_that_cannot_even_start_is_given_up_and_others_are_not_touched(
     assert history(client, ours).count("AwaitingRetry") == 1
     assert history(client, ours)[-1] == "Failed"
     assert history(client, other)[-1] == "Crashed"
+
+
+def test_installing_again_changes_what_differs_and_removing_leaves_none(
+    client: SyncPrefectClient,
+) -> None:
+    before = installed(client)
+    names = [a.name for a in before]
+    assert names == ["rlhf-flows: give up", "rlhf-flows: heartbeat", "rlhf-flows: restart"]
+    install(client, DELAYS)
+    assert [a.id for a in installed(client)] == [a.id for a in before]
+    install(client, replace(DELAYS, restart_s=16))
+    now = installed(client)
+    assert [a.id == b.id for a, b in zip(before, now, strict=True)] == [True, True, False]
+    assert now[2].trigger.within == timedelta(seconds=16)
+    assert sorted(remove(client)) == names
+    assert installed(client) == []

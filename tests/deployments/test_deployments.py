@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,12 @@ from uuid import UUID
 import pytest
 import yaml
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+from prefect.client.schemas.filters import (
+    ArtifactFilter,
+    ArtifactFilterFlowRunId,
+    FlowRunFilter,
+    FlowRunFilterId,
+)
 from prefect.states import AwaitingRetry
 
 from tests.deployments.worker import (
@@ -100,6 +106,15 @@ def test_a_killed_deployment_run_resumes_on_retry_and_shows_itself(
     assert all(path.read_bytes() == before for path, before in trained.items())
 
     _check_artifacts(client, flow_run.id, folder)
+    _check_page(client, flow_run.id)
+
+
+def _check_page(client: SyncPrefectClient, flow_run_id: UUID) -> None:
+    """What was under way when the process died is not shown as if it still were."""
+    only = FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id]))
+    names = Counter(t.state_name for t in client.read_task_runs(flow_run_filter=only))
+    assert set(names) == {"Completed", "Crashed"}
+    assert 1 <= names["Crashed"] <= 3
 
 
 def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path) -> None:

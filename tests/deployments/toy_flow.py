@@ -11,8 +11,18 @@ from rlhf_flows.engine import GRPOEngine
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
 
+@flow(name="nested", persist_result=False)
+async def nested(
+    store: str, log: str, slow_s: float, cluster: dict[str, Any], runtime: dict[str, Any]
+) -> None:
+    """A flow of one's own that calls a deployed one as a subflow."""
+    await toy(store, log, slow_s, cluster, runtime)
+
+
 @flow(name="toy", persist_result=False)
-async def toy(store: str, address: str, log: str, slow_s: float, runtime: dict[str, Any]) -> None:
+async def toy(
+    store: str, log: str, slow_s: float, cluster: dict[str, Any], runtime: dict[str, Any]
+) -> None:
     """GRPO of digits, a shard in `slow_s` seconds."""
     engine = GRPOEngine(
         ToyPolicy("policy", log=Path(log), slow_s=slow_s),
@@ -21,4 +31,4 @@ async def toy(store: str, address: str, log: str, slow_s: float, runtime: dict[s
         name="toy",
     )
     engine.set_dataset([{"prompt": str(i)} for i in range(64)])
-    await engine.alearn(store={"url": store}, cluster={"address": address}, runtime=runtime)
+    await engine.alearn(store={"url": store}, cluster=cluster, runtime=runtime)

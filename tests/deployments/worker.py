@@ -76,7 +76,7 @@ def deploy_toy(
         work_pool_name=POOL,
         tags=list(tags),
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
-        job_variables={"env": {"PYTHONPATH": str(ROOT), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}},
+        job_variables={"env": {"PYTHONPATH": str(ROOT)}},
         enforce_parameter_schema=False,
     )
 

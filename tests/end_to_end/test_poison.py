@@ -15,6 +15,8 @@ from rlhf_flows.data.plan import EpisodePlan
 from rlhf_flows.errors import QuarantineError
 from rlhf_flows.modules import BaseModule
 from tests.end_to_end.processes import generated, start_victim
+from tests.end_to_end.test_damage import flip_a_byte
+from tests.end_to_end.test_resume import forget
 from tests.end_to_end.whole_run import (
     commits,
     learn,
@@ -158,6 +160,22 @@ def test_more_of_them_than_allowed_stop_the_run_and_are_named(store: Path, plain
     for word in (ends[0], "'policy'", "died", "episode 0", "runtime.max_quarantined=0"):
         assert word in str(raised.value)
     assert records(store, "toomany") == []
+
+
+def test_a_sample_that_ends_its_worker_in_a_repair_is_left_out_of_the_training_under_way(
+    store: Path, plain: str
+) -> None:
+    settings = {**SMALL, "num_episode": 1}
+    ends = planned(store, plain, 0).groups(1)[0][:1]
+    learn(toy_engine(eval_rows=0, ends=ends), store, "from-the-start", **settings)
+    learn(toy_engine(eval_rows=0), store, "repaired", **settings)
+    forget(store, "repaired", "episodes/episode=000000/trained.json")
+    flip_a_byte(store / "repaired/episodes/episode=000000/rollout/shard-00001.parquet")
+    learn(toy_engine(eval_rows=0, ends=ends), store, "repaired", **settings)
+    (commit,) = commits(store, "repaired")
+    assert commit["quarantined"] == list(ends)
+    assert commit["rows"] == {"planned": 12, "trained": 10, "filtered": 0, "quarantined": 2}
+    assert weight_digests(store, "repaired") == weight_digests(store, "from-the-start")
 
 
 class Killed(ToyPolicy):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from rlhf_flows.errors import StoreDamageError
-from rlhf_flows.store import open_store, scan
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     commits,
@@ -72,21 +72,28 @@ def test_a_finished_run_does_nothing_and_more_episodes_with_more_replicas_go_on_
     assert_only_the_newest_are_kept(store, "grown", kept=(4, 5), deleted=(1, 2, 3))
 
 
+def test_a_run_that_moved_goes_on_to_the_same_bits(
+    store: Path, five: str, services: str, tmp_path: Path
+) -> None:
+    learn(toy_engine(), store, "moved", num_episode=3)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(store / "moved", elsewhere / "moved")
+    # Another store, cluster (pools of another making), number of replicas and of ranks.
+    models = {"policy": {"num_replica": 2}, "trainer": {"ranks_per_replica": 2}}
+    learn(toy_engine(), elsewhere, "moved", address=services, models=models, num_episode=5)
+    assert weight_digests(elsewhere, "moved") == weight_digests(store, five)
+    assert_exactly_once(elsewhere, "moved", episodes=5)
+
+
 def assert_only_the_newest_are_kept(
     store: Path, run: str, *, kept: tuple[int, ...], deleted: tuple[int, ...]
 ) -> None:
     """Weights and training states, those of earlier attempts included; what went is recorded."""
 
-    def folders(prefixes: frozenset[str]) -> list[list[str]]:
-        return sorted(prefix.split("/")[1:3] for prefix in prefixes)
-
-    def expected(versions: tuple[int, ...]) -> list[list[str]]:
-        kinds = ("checkpoints", "weights")
-        return sorted([kind, f"version={v:06d}"] for kind in kinds for v in versions)
-
-    state = scan(open_store(store), run)
-    assert folders(state.folders) == expected(kept)
-    assert folders(state.deleted) == expected(deleted)
+    for kind in ("checkpoints", "weights"):
+        for root, versions in ((store / run, kept), (store / run / "deleted", deleted)):
+            found = sorted(path.name for path in (root / kind).iterdir() if any(path.iterdir()))
+            assert found == [f"version={v:06d}" for v in versions]
 
 
 def test_between_full_checkpoints_a_resume_trains_again_to_the_committed_digests(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ from uuid import UUID
 import pytest
 from prefect import flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import LogFilter, LogFilterFlowRunId
 from prefect.client.schemas.objects import State, StateType
 from prefect.context import FlowRunContext
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 from prefect.states import Crashed
 
 from rlhf_flows.errors import AttemptsExhaustedError, RunCancelledError
@@ -64,6 +68,27 @@ def test_a_flow_with_retries_goes_on_in_the_same_process_with_the_same_pools(
     assert len(pids(log)) == 1
     assert len(generated(log)) <= 3 * RUNTIME["sample_per_episode"] + 32
     assert_exactly_once(tmp_path, "r", episodes=3)
+
+
+class Warns(NoProgress):
+    def started(self, phase: str, number: int, total: int) -> None:
+        logging.getLogger("rlhf_flows.pools.pool").warning("%s waits for replica 0", phase)
+
+
+def test_what_a_run_warns_of_is_on_the_page_of_its_flow_run(
+    tmp_path: Path, client: SyncPrefectClient
+) -> None:
+    with temporary_settings({PREFECT_LOGGING_TO_API_ENABLED: True}):
+        engine = toy_engine(eval_rows=0)
+        result = learn(engine, tmp_path, "warned", num_episode=1, progress=Warns())
+    only = LogFilterFlowRunId(any_=[UUID(result.flow_run_id)])
+    for _ in range(100):
+        if logs := client.read_logs(LogFilter(flow_run_id=only)):
+            break
+        time.sleep(0.1)
+    said = [log.message for log in logs if log.name.startswith("rlhf_flows")]
+    assert "rollout waits for replica 0" in said
+    assert not [h for h in logging.getLogger("rlhf_flows").handlers if h.level]
 
 
 def test_a_run_that_died_too_often_stays_failed_and_says_why_and_how_to_go_on(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rlhf_flows.errors import (
     ShardError,
 )
 from tests.duckdb_process import query
+from tests.end_to_end.processes import pids
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     assert_same_bits,
@@ -200,6 +202,77 @@ def test_an_environment_in_which_nothing_generates_is_scoring_alone(store: Path)
     scored = samples(store, "offline", "scoring")
     assert len(set(scored["sample_id"])) == 64
     assert {"prompt", "reward", "digit"} <= set(scored.columns)
+
+
+class Rater(ToyPolicy):
+    """Follows the trainer, and does not generate: all of its flow is scoring."""
+
+    generates = False
+
+
+def test_a_followed_module_that_only_scores_is_not_moved_before_it_is_through(
+    store: Path, tmp_path: Path
+) -> None:
+    log = tmp_path / "calls"
+    rater, reward = Rater("rater", log=log, slow_s=0.3), ToyReward("reward")
+    trainer = ToyTrainer("trainer")
+
+    def env_flow(batch: Any) -> Any:
+        rated = rater.forward_step(batch)
+        return rated, reward.forward_step(rated)
+
+    engine = Engine(Environment(env_flow), Trainer(lambda b: trainer.train_step(b)), name="rated")
+    engine.set_dataset([{"prompt": str(i)} for i in range(64)])
+    engine.set_parameter_sync(trainer, rater)
+    learn(engine, store, "rated", num_episode=2, max_staleness=1)  # type: ignore[arg-type]
+    # Back to version 0 it would only come in a new process.
+    assert len(pids(log)) == 1
+
+
+class Judge(ToyReward):
+    """Takes its time with a version of the policy: until the next one has been through retention.
+
+    Then it writes down whether the weights of the version that it judges are still there.
+    """
+
+    def __init__(self, name: str, *, run: Path) -> None:
+        super().__init__(name)
+        self.run = run
+
+    def eval_step(self, data: Any) -> Any:
+        version = int(data["sample_id"][0][1:7])
+        if 0 < version < 3:
+            deleted = self.run / f"deleted/checkpoints/version={version:06d}"
+            deadline = time.monotonic() + 60
+            while not deleted.exists() and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.3)  # weights would go next
+            there = any((self.run / "weights").glob(f"version={version:06d}/*/*"))
+            with (self.run / "judged").open("a") as file:
+                file.write(f"{version} {there}\n")
+        return self.forward_step(data)
+
+
+def test_weights_are_kept_until_their_version_is_evaluated(store: Path) -> None:
+    policy, reward, trainer = ToyPolicy("policy"), ToyReward("reward"), ToyTrainer("trainer")
+    judge = Judge("judge", run=store / "judged")
+
+    def env_flow(batch: Any) -> Any:
+        sampled = policy.forward_step(batch)
+        return sampled, reward.forward_step(sampled)
+
+    engine = Engine(
+        Environment(env_flow),
+        Trainer(lambda b: trainer.train_step(b)),
+        Evaluator(lambda b: judge.eval_step(policy.eval_step(b))).set_dataset([{"prompt": "0"}]),
+        name="judged",
+    )
+    engine.set_dataset([{"prompt": str(i)} for i in range(64)])
+    engine.set_parameter_sync(trainer, policy)
+    learn(engine, store, "judged", keep_last=1, eval_episode_interval=1)  # type: ignore[arg-type]
+    assert (store / "judged/judged").read_text() == "1 True\n2 True\n"
+    left = {path.parts[-3] for path in (store / "judged/weights").glob("version=*/*/*")}
+    assert left == {"version=000003"}
 
 
 class Hint(ToyReward):

@@ -9,7 +9,7 @@ import cloudpickle
 
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.modules.base import BaseModule, ModuleContext
-from rlhf_flows.pools.messages import Commit, ForwardCall, PoolSpec, Source, TrainCall, TrainRows
+from rlhf_flows.pools.messages import ForwardCall, PoolSpec, Source, TrainCall, TrainRows
 from rlhf_flows.store import RunLayout
 
 RUN = "run"
@@ -25,6 +25,7 @@ def spec_of(module: BaseModule, store: Path, **changes: Any) -> PoolSpec:
         "store_url": str(store),
         "context": ModuleContext(seed=3),
         "digest": "the same making",
+        "store_retry_budget_s": 0.0,  # it comes on top of every timeout
     }
     return PoolSpec(**(values | changes))
 
@@ -54,7 +55,7 @@ def rollout_call(episode: int, shard: int, *, attempt: int = 1, version: int = 0
         inputs=(-1,),
         source=Source(dataset="train", columns=plan_of(episode).samples(shard)),
         version=version,
-        commit=Commit(key=LAYOUT.shard("rollout", episode, shard)),
+        commit_key=LAYOUT.shard("rollout", episode, shard),
     )
 
 

@@ -19,7 +19,7 @@ from rlhf_flows.errors import (
     ShardError,
     SyncError,
 )
-from rlhf_flows.pools.messages import Commit, ForwardCall, StoredShard, TrainRows
+from rlhf_flows.pools.messages import ForwardCall, StoredShard, TrainRows
 from rlhf_flows.pools.worker import Worker
 from rlhf_flows.store import open_store, take_attempt
 from tests.pools.specs import LAYOUT, ROWS, RUN, rollout_call, spec_of, train_call
@@ -111,7 +111,7 @@ def test_scoring_stores_what_the_rollout_shard_does_not_hold(
     call = dataclasses.replace(
         rollout_call(0, 0), phase="scoring", inputs=(0,), base=0, source=None, version=None
     )
-    call = dataclasses.replace(call, commit=dataclasses.replace(call.commit, key=key))
+    call = dataclasses.replace(call, commit_key=key)
     from_memory, _, _ = reward.forward(call, table)
     assert set(from_parquet((tmp_path / key).read_bytes())) == {"sample_id", "reward", "exact"}
     assert set(from_arrow(from_memory)) == {"sample_id", "reward", "exact"}
@@ -149,7 +149,7 @@ def scoring_call(samples: frozenset[str]) -> ForwardCall:
         source=None,
         version=None,
         samples=samples,
-        commit=Commit(key=LAYOUT.shard("scoring", 0, 0)),
+        commit_key=LAYOUT.shard("scoring", 0, 0),
     )
 
 
@@ -158,7 +158,7 @@ def test_a_part_of_a_shard_is_made_without_a_trace(policy: Worker, tmp_path: Pat
     (whole,) = tmp_path.rglob("*.parquet")
     ids = from_arrow(table)["sample_id"]
     reward = worker_of(ToyReward("reward"), tmp_path)
-    call = dataclasses.replace(scoring_call(frozenset(ids[2:5])), commit=None, base=None)
+    call = dataclasses.replace(scoring_call(frozenset(ids[2:5])), commit_key=None, base=None)
     part, _, report = reward.forward(call, table)
     assert report.rows == 3
     assert from_arrow(part)["sample_id"] == ids[2:5]
@@ -435,8 +435,9 @@ def test_a_failed_load_of_weights_leaves_no_version(tmp_path: Path) -> None:
     class Failing:
         version = 7
 
-    with pytest.raises(SyncError, match="failed to load the weights of version 7"):
+    with pytest.raises(SyncError, match="failed to load version 7"):
         worker.receive_weights(1, Failing(), 1.0)  # type: ignore[arg-type]
+    assert (worker.state().version, worker.state().clean) == (-1, False)
 
 
 def test_datasets_are_known_by_their_digest(policy: Worker) -> None:

@@ -82,7 +82,8 @@ def test_a_living_attempt_refuses_a_second_start_unless_it_takes_over(local_stor
     with pytest.raises(RunBusyError) as refusal:
         take(local_store)
     assert f"alive as process {first.pid}" in str(refusal.value)
-    assert "takeover=true" in str(refusal.value)
+    assert "--takeover" in str(refusal.value)
+    assert "takeover=True" in str(refusal.value)
     assert newest_attempt(local_store, "r") == 1
     assert take(local_store, takeover=True).number == 2
 
@@ -138,6 +139,15 @@ def test_the_first_outcome_of_an_attempt_stands(local_store):
     assert read_json(local_store, key)["outcome"] == "fenced"
 
 
+def test_an_outcome_that_the_store_refuses_fails_nobody(local_store, caplog):
+    take(local_store)
+    attempts = local_store.root / "r/attempts"
+    attempts.rename(attempts.with_name("elsewhere"))
+    attempts.write_bytes(b"a file, in which nothing can be made")
+    end_attempt(local_store, "r", 1, "completed")
+    assert "that attempt 1 ended (completed) is not recorded: cannot write" in caplog.text
+
+
 def test_deaths_are_counted_back_to_the_last_attempt_that_ended_in_order(store):
     def follow(*outcomes):
         for outcome in outcomes:
@@ -150,6 +160,14 @@ def test_deaths_are_counted_back_to_the_last_attempt_that_ended_in_order(store):
     assert deaths_in_a_row(store, "r") == [5, 3]
     follow("suspended")
     assert deaths_in_a_row(store, "r") == []
+
+
+def test_an_attempt_that_is_alive_is_no_death(local_store, start_python):
+    first = started(start_python, local_store)
+    assert deaths_in_a_row(local_store, "r") == []
+    first.kill()
+    first.wait()
+    assert deaths_in_a_row(local_store, "r") == [1]
 
 
 def test_a_flow_run_that_prefect_runs_again_replaces_its_own_attempt(local_store, start_python):

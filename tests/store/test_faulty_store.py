@@ -14,7 +14,14 @@ from pathlib import Path
 import pytest
 
 from rlhf_flows.errors import ObjectNotFoundError, StoreError, StoreUnavailableError
-from rlhf_flows.store import ObjectStore, commit_bytes, commit_json, open_store, read_json
+from rlhf_flows.store import (
+    ObjectStore,
+    commit_bytes,
+    commit_json,
+    open_store,
+    read_json,
+    sweep_run,
+)
 from tests.faulty_proxy import PASSING, Fault, FaultyProxy, faulty_proxy
 from tests.s3_server import real_bucket
 
@@ -262,3 +269,21 @@ def test_a_missing_bucket_is_told_at_once(proxy):
     with pytest.raises(StoreError, match="there is no bucket 'absent'"):
         open_store("s3://absent/x", retry_budget_s=60)
     assert len(proxy.seen) == 1
+
+
+def test_an_upload_that_somebody_aborted_is_told_by_its_code_not_as_a_missing_bucket(
+    store, proxy, parts, folder
+):
+    proxy.spoil("404", method="POST", path="uploadId=")  # moto has no such answer
+    with pytest.raises(StoreError, match=r"uid/model\.safetensors: .* answered 404 NoSuchUpload"):
+        store.put_folder(folder, "uid")
+
+
+def test_an_account_that_may_not_list_uploads_has_its_folders_swept(store, proxy, caplog):
+    proxy.spoil("403", method="GET", path=r"\?uploads")
+    prefix = "run/weights/version=000001"
+    store.put_if_absent(f"{prefix}/lost/model", b"")
+    commit_json(store, "run/episodes/episode=000000/trained.json", {})
+    assert sweep_run(store, "run", older_than_s=-10) == 1
+    assert "a later attempt will: cannot list uploads of" in caplog.text
+    assert store.list(prefix) == []

@@ -120,3 +120,23 @@ assert [record.name for record in export()] == ["model.safetensors"]
 assert files() == ["run/there", "run/weights/uid/model.safetensors"]
 """,
     )
+
+
+@pytest.mark.parametrize("part_bytes", [1 << 24, 1 << 18], ids=["whole", "in parts"])
+def test_what_is_fetched_from_s3_waits_for_room_as_well(tmp_path, bucket, part_bytes):
+    on_a_small_disk(
+        tmp_path,
+        f"""
+import rlhf_flows.store.s3 as s3
+remote = open_store("s3://{bucket}/{part_bytes}", retry_budget_s=0.3)
+records = remote.put_folder(elsewhere, "uid")
+s3._PART_BYTES = {part_bytes}
+fails(lambda: remote.get_folder("uid", records, disk / "back"))
+assert not list((disk / "back").iterdir())
+
+remote.patience.budget_s = 30
+threading.Timer(1.0, (disk / "filler").unlink).start()
+remote.get_folder("uid", records, disk / "back")
+assert (disk / "back/model").read_bytes() == (elsewhere / "model").read_bytes()
+""",
+    )

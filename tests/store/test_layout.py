@@ -123,6 +123,14 @@ def test_a_key_parses_back_to_what_it_was_made_of(run, data):
         assert parse_key(f"{run}x", key) is None
 
 
+@given(version=numbers, word=words, run=run_names)
+def test_folders_of_weights_say_of_which_version(version, word, run):
+    layout = RunLayout(run)
+    assert layout.version_of_weights(layout.weights_prefix(version, word)) == version
+    assert layout.version_of_weights(layout.checkpoint_prefix(version, word)) is None
+    assert RunLayout(f"{run}x").version_of_weights(layout.weights_prefix(version, word)) is None
+
+
 def test_what_the_layout_does_not_write_is_not_understood():
     for below in (
         "run.json.bak",

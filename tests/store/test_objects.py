@@ -294,6 +294,35 @@ def test_a_second_upload_to_the_same_local_prefix_is_refused(local_store, folder
         local_store.put_folder(folder, "uid")
 
 
+def test_a_link_whose_answer_was_lost_is_recognised(local_store, monkeypatch):
+    """As on NFS: it took effect, and what is heard is an error that may pass."""
+    answers = [OSError(5, "Input/output error"), None]
+    link = os.link
+
+    def loses_the_answer(source, target):
+        link(source, target)
+        if answer := answers.pop(0):
+            raise answer
+
+    with local_store.working_folder() as folder:
+        (folder / "model").write_bytes(b"w")
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "link", loses_the_answer)
+            local_store.put_folder(folder, "uid")
+        assert local_store.get("uid/model") == b"w"
+        # Another file at that name is another matter.
+        (folder / "more").mkdir()
+        (folder / "more" / "model").write_bytes(b"w")
+
+        def comes_too_late(source, target):
+            target.write_bytes(b"of somebody else")
+            link(source, target)
+
+        monkeypatch.setattr(os, "link", comes_too_late)
+        with pytest.raises(StoreError, match="other/model: File exists"):
+            local_store.put_folder(folder / "more", "other")
+
+
 def test_a_working_folder_is_empty_and_goes_with_its_block(store, tmp_path):
     with store.working_folder() as folder:
         assert list(folder.iterdir()) == []

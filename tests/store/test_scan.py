@@ -52,9 +52,7 @@ def test_whatever_was_written_scan_says_exactly_what_is_there_and_what_is_missin
         for phase in PHASES:
             there = {i: SHARDS[phase, e, i] for i in range(NUM_SHARDS)}
             there = {i: key for i, key in there.items() if key in written}
-            assert episode.shards(phase) == there
-            missing = [i for i in range(NUM_SHARDS) if i not in there]
-            assert episode.missing(phase, range(NUM_SHARDS)) == missing
+            assert getattr(episode, phase) == there
     assert state.trained_episodes == next(
         (e for e in range(NUM_EPISODES) if TRAINED[e] not in written), NUM_EPISODES
     )
@@ -67,7 +65,6 @@ def test_whatever_was_written_scan_says_exactly_what_is_there_and_what_is_missin
         else:
             assert evaluation.shards == shards
             assert evaluation.done == (DONE[v] in written)
-    assert state.folders == {p for p in FOLDERS.values() if f"{p}/model.safetensors" in written}
     assert state.deleted == {p for p in FOLDERS.values() if LAYOUT.deleted(p) in written}
 
 
@@ -83,12 +80,11 @@ def test_the_newest_generation_counts_unless_its_tombstone_stands(shards, tombst
     newest_damaged = max(tombstones, default=-1)
     if max(shards, default=-1) > newest_damaged:
         assert episode.rollout == {7: LAYOUT.shard("rollout", 0, 7, max(shards))}
-        assert episode.missing("rollout", [7]) == []
     else:
-        assert episode.missing("rollout", [7]) == [7]
+        assert episode.rollout == {}
         # What is written next must count.
         again = [*keys, LAYOUT.shard("rollout", 0, 7, episode.next_generation("rollout", 7))]
-        assert scan_keys("r", again).episode(0).missing("rollout", [7]) == []
+        assert scan_keys("r", again).episode(0).rollout == {7: again[-1]}
     assert episode.scoring == {}
 
 
@@ -118,7 +114,7 @@ def test_a_scan_sees_what_is_in_the_store_and_of_this_run_only(store):
     state = scan(store, "r")
     assert state.exists
     assert state.attempts == ()
-    assert state.episode(0).missing("rollout", range(4)) == [0, 1, 3]
+    assert list(state.episode(0).rollout) == [2]
     assert not scan(store, "r3").exists
 
 
@@ -132,4 +128,4 @@ def test_a_scan_of_ten_thousand_shards_takes_less_than_two_seconds(tmp_path):
     start = time.perf_counter()
     state = scan(LocalStore(tmp_path), "r")
     assert time.perf_counter() - start < 2.0
-    assert sum(len(state.episode(e).shards(p)) for p in PHASES for e in range(50)) == 10_000
+    assert sum(len(getattr(state.episode(e), p)) for p in PHASES for e in range(50)) == 10_000
