@@ -61,9 +61,11 @@ def learn(
     progress: Any = None,
     **runtime: Any,
 ) -> RunResult:
+    # The patience with a store comes on top of each timeout; a local folder needs none.
+    patience_s = 60.0 if str(store).startswith("s3:") else 2.0
     return engine.learn(
         run_name=run,
-        store={"url": str(store)},
+        store={"url": str(store), "retry_budget_s": patience_s},
         cluster={"address": address, **(cluster or {})},
         models=dict(models or {}),
         runtime={**RUNTIME, **runtime},
