@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
@@ -52,6 +52,7 @@ MAY_CHANGE = frozenset(
         "runtime.max_attempts",
         "runtime.max_replica_restarts",
         "runtime.max_quarantined",
+        "runtime.new_prompts",
     }
 )
 """Fields that may differ when a run is resumed: none of them changes what is asked for. Another
@@ -193,6 +194,11 @@ class RuntimeConfig(Settings):
         default=3,
         ge=0,
         description="Deaths of one replica before its pool fails, nothing finished in between.",
+    )
+    new_prompts: Literal["refuse", "take"] = Field(
+        default="refuse",
+        description="What becomes of a run that is resumed with other prompts than it was planned"
+        " on: it is refused, or it takes them from the first episode on that is not trained.",
     )
     max_quarantined: int = Field(
         default=8,

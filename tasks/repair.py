@@ -49,7 +49,7 @@ async def make_sound(
 async def repair(runtime: Runtime, data: EpisodeData, damage: ShardDamageError) -> None:
     """Buries a damaged shard of an episode and puts its next generation in its place."""
     phase, index = _place(runtime, damage)
-    _refuse_without_weights(runtime, data, phase, str(damage), damage)
+    _refuse_what_is_lost(runtime, data, phase, str(damage), damage)
     await runtime.bury(damage)
     handle, _ = await make_sound(runtime, data, phase, index, late=True)
     data.stream(phase).replace(handle)
@@ -69,7 +69,7 @@ async def make_missing(runtime: Runtime, data: EpisodeData) -> None:
         for phase in phases:
             if index in data.stream(phase).missing:
                 what = f"shard {index} of {phase} of episode {data.plan.episode} is not there"
-                _refuse_without_weights(runtime, data, phase, what)
+                _refuse_what_is_lost(runtime, data, phase, what)
                 handle, _ = await make_sound(runtime, data, phase, index, late=True)
                 data.stream(phase).append(handle)
 
@@ -91,13 +91,20 @@ def _versions(runtime: Runtime, data: EpisodeData, phase: ShardPhase) -> dict[st
     return {name: data.plan.versions[name] for name in runtime.followed_in(phase)}
 
 
-def _refuse_without_weights(
+def _refuse_what_is_lost(
     runtime: Runtime,
     data: EpisodeData,
     phase: ShardPhase,
     what: str,
     cause: ShardDamageError | None = None,
 ) -> None:
+    """Raises StoreDamageError where the weights or the prompts of a shard are gone."""
+    from_rollout = phase == "scoring" and bool(runtime.rollout_nodes)
+    if not from_rollout and not runtime.has_prompts_of(data):
+        raise StoreDamageError(
+            f"{what}. It cannot be made again: its prompts were replaced since; restore the object"
+            " from a backup, or resume with the prompts of before"
+        ) from cause
     for module, version in _versions(runtime, data, phase).items():
         if version in runtime.versions_without_weights():
             raise StoreDamageError(

@@ -195,27 +195,72 @@ class Runtime:
     def _committed_plan(self, number: int) -> EpisodePlan:
         dataset = self.dataset
         assert dataset is not None
-        key = self.layout.plan(number)
-        if self.state.episode(number).plans:
-            plan = EpisodePlan.from_json(read_json(self.store, key))
-        else:
-            if self.state.episode(number - 1).plans:
-                before = EpisodePlan.from_json(read_json(self.store, self.layout.plan(number - 1)))
+        plan = self._stored_plan(number)
+        if plan is None:
+            before = self._stored_plan(number - 1)
+            if before is not None:
                 self._refuse_drift(before, dataset)
-            check_fence(self.store, self.run, self.attempt)
-            plan = EpisodePlan.from_json(
-                commit_json(self.store, key, self._make_plan(number, dataset).to_json()).payload
-            )
+            return self._commit_plan(number, dataset, generation=0)
+        if self.state.episode(number).trained:
+            return plan  # whatever its prompts were: its samples are there
         self._refuse_drift(plan, dataset)
+        if plan.dataset_digest == dataset.digest:
+            return plan
+        return self._plan_anew(number, dataset)
+
+    def _stored_plan(self, number: int) -> EpisodePlan | None:
+        generation = self.state.episode(number).plans.get(0)
+        if generation is None:
+            return None
+        key = self.layout.plan(number, generation=generation)
+        return EpisodePlan.from_json(read_json(self.store, key))
+
+    def _commit_plan(self, number: int, dataset: DatasetInfo, *, generation: int) -> EpisodePlan:
+        check_fence(self.store, self.run, self.attempt)
+        key = self.layout.plan(number, generation=generation)
+        plan = self._make_plan(number, dataset).to_json()
+        return EpisodePlan.from_json(commit_json(self.store, key, plan).payload)
+
+    def _plan_anew(self, number: int, dataset: DatasetInfo) -> EpisodePlan:
+        """Plans an episode on other prompts.
+
+        What was made of the old ones is buried first: no plan may ever find the shards of another.
+        """
+        check_fence(self.store, self.run, self.attempt)
+        found = self.state.episode(number)
+        for phase, keys in (("rollout", found.rollout), ("scoring", found.scoring)):
+            for index, key in keys.items():
+                parts = parse_key(self.run, key)
+                assert parts is not None
+                assert parts.phase is not None
+                tombstone = self.layout.tombstone(parts.phase, number, index, parts.generation)
+                cause = "the prompts that it was made of were replaced"
+                payload = {"damaged": key, "cause": cause, "attempt": self.attempt}
+                commit_json(self.store, tombstone, payload)
+            if keys:
+                logger.warning(
+                    "episode %d: %d shards of %s of the prompts before are left out",
+                    number,
+                    len(keys),
+                    phase,
+                )
+        plan = self._commit_plan(number, dataset, generation=found.plans[0] + 1)
+        self.state = scan(self.store, self.run)
         return plan
 
     def _refuse_drift(self, plan: EpisodePlan, dataset: DatasetInfo) -> None:
-        if plan.dataset_digest != dataset.digest:
-            raise DataError(
-                f"run {self.run!r} was planned on a dataset with digest"
-                f" {plan.dataset_digest[:12]} (episode {plan.episode}), the one given now has"
-                f" {dataset.digest[:12]}: resume with the same prompts, or start another run"
-            )
+        if plan.dataset_digest == dataset.digest or self.config.runtime.new_prompts == "take":
+            return
+        raise DataError(
+            f"run {self.run!r} was planned on a dataset with digest"
+            f" {plan.dataset_digest[:12]} (episode {plan.episode}), the one given now has"
+            f" {dataset.digest[:12]}: resume with the same prompts, start another run, or take"
+            " these from the first episode on that is not trained, with runtime.new_prompts=take"
+        )
+
+    def has_prompts_of(self, data: EpisodeData) -> bool:
+        """Whether the prompts of an episode are those of this attempt."""
+        return self.dataset is not None and data.plan.dataset_digest == self.dataset.digest
 
     def _make_plan(self, number: int, dataset: DatasetInfo) -> EpisodePlan:
         runtime = self.config.runtime

@@ -67,8 +67,10 @@ class RunLayout:
     def attempt_ended(self, number: int) -> str:
         return f"{self.attempts_prefix}/{number:06d}.ended.json"
 
-    def plan(self, episode: int, wave: int = 0) -> str:
-        return f"{self._episode(episode)}/plan-{wave:02d}.json"
+    def plan(self, episode: int, wave: int = 0, generation: int = 0) -> str:
+        """A later generation replaces the one before, whose shards have tombstones by then."""
+        name = f"plan-{wave:02d}.g{generation}" if generation else f"plan-{wave:02d}"
+        return f"{self._episode(episode)}/{name}.json"
 
     def quarantine(self, episode: int, sample_id: str) -> str:
         return f"{self._episode(episode)}/quarantine/{_check_word(sample_id)}.json"
@@ -193,7 +195,7 @@ _SPELLINGS: tuple[tuple[Kind, str], ...] = (
     ("attempt_ended", rf"attempts/{_number('number', 6)}\.ended\.json"),
     ("shard", rf"{_EPISODE}/{_PHASE}/{_SHARD}{_GENERATION}\.parquet"),
     ("tombstone", rf"{_EPISODE}/{_PHASE}/{_SHARD}{_GENERATION}\.tombstone\.json"),
-    ("plan", rf"{_EPISODE}/plan-{_number('wave', 2)}\.json"),
+    ("plan", rf"{_EPISODE}/plan-{_number('wave', 2)}{_GENERATION}\.json"),
     ("trained", rf"{_EPISODE}/trained\.json"),
     ("quarantine", rf"{_EPISODE}/quarantine/{_word('word')}\.json"),
     ("checkpoint_file", rf"checkpoints/{_FOLDER}/(?P<rest>.+)"),

@@ -20,8 +20,8 @@ class EpisodeState:
     """What exists of one episode."""
 
     episode: int
-    plans: tuple[int, ...]
-    """Waves that are planned."""
+    plans: Mapping[int, int]
+    """Wave that is planned -> generation of the plan that counts."""
     rollout: Mapping[int, str]
     """Shard index -> key of the generation that counts."""
     scoring: Mapping[int, str]
@@ -164,7 +164,7 @@ class _Evaluation:
 class _Episode:
     """What a scan has seen of one episode so far."""
 
-    waves: list[int] = field(default_factory=list)
+    plans: dict[int, int] = field(default_factory=dict)
     quarantined: list[str] = field(default_factory=list)
     trained: bool = False
     shards: dict[ShardPhase, _Generations] = field(
@@ -174,7 +174,7 @@ class _Episode:
     def add(self, parts: KeyParts, key: str) -> None:
         match parts.kind:
             case "plan":
-                self.waves.append(parts.wave)
+                self.plans[parts.wave] = max(parts.generation, self.plans.get(parts.wave, 0))
             case "quarantine":
                 self.quarantined.append(parts.word)
             case "trained":
@@ -187,7 +187,7 @@ class _Episode:
     def state(self, episode: int) -> EpisodeState:
         return EpisodeState(
             episode=episode,
-            plans=tuple(sorted(self.waves)),
+            plans=dict(sorted(self.plans.items())),
             rollout=self.shards["rollout"].counting(),
             scoring=self.shards["scoring"].counting(),
             quarantined=tuple(sorted(self.quarantined)),

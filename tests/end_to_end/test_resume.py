@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_flows.errors import StoreDamageError
+from rlhf_flows.errors import DataError, StoreDamageError
+from rlhf_flows.store import open_store, scan
 from tests.end_to_end.whole_run import (
+    RUNTIME,
     assert_exactly_once,
     commits,
     evaluated_versions,
@@ -148,3 +150,30 @@ def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: st
     learn(toy_engine(), store, "lagging", num_episode=4, **settings)
     assert evaluated_versions(store, "lagging") == [0, 1, 2, 3, 4]
     assert shard_digests(store, "lagging") == shards
+
+
+def test_changed_prompts_are_taken_where_that_is_asked_for(store: Path, services: str) -> None:
+    from pandas import read_parquet
+
+    learn(toy_engine(eval_rows=0), store, "fresh", num_episode=2)
+    episode = "episodes/episode=000001"
+    forget(store, "fresh", f"{episode}/trained.json", f"{episode}/scoring/shard-00003.parquet")
+    few = toy_engine(eval_rows=0, rows=8)
+    learn(few, store, "fresh", num_episode=3, new_prompts="take")
+    root = store / "fresh/episodes"
+    names = {path.name for path in root.glob("*/plan-*.json")}
+    assert names == {"plan-00.json", "plan-00.g1.json"}
+    assert [p.parent.name for p in root.glob("*/plan-00.g1.json")] == ["episode=000001"]
+    assert len(list(root.glob("episode=000001/*/*.tombstone.json"))) == 7
+    state = scan(open_store(store), "fresh").episode(1)
+    for keys in (state.rollout, state.scoring):
+        frames = [read_parquet(store / key) for key in keys.values()]
+        made = [name for frame in frames for name in frame["sample_id"]]
+        assert len(made) == len(set(made)) == RUNTIME["sample_per_episode"]
+    rows = {int(name.split("-r")[1].split("-")[0]) for name in made}
+    assert rows == set(range(8))
+    assert [c["rows"]["trained"] for c in commits(store, "fresh")] == [32] * 3
+    # They are the run's own from here on.
+    learn(few, store, "fresh", num_episode=4)
+    with pytest.raises(DataError, match=r"with runtime\.new_prompts=take"):
+        learn(toy_engine(eval_rows=0), store, "fresh", num_episode=5)

@@ -71,6 +71,7 @@ def test_keys_are_as_published():
     assert layout.run_json == "r/run.json"
     assert layout.attempt(4) == "r/attempts/000004.json"
     assert layout.plan(3) == "r/episodes/episode=000003/plan-00.json"
+    assert layout.plan(3, 1, 2) == "r/episodes/episode=000003/plan-01.g2.json"
     assert layout.shard("rollout", 3, 7) == "r/episodes/episode=000003/rollout/shard-00007.parquet"
     assert layout.shard("scoring", 3, 7, 1).endswith("/scoring/shard-00007.g1.parquet")
     assert layout.trained(3) == "r/episodes/episode=000003/trained.json"
