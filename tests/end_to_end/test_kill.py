@@ -139,7 +139,7 @@ def test_a_stopped_attempt_is_not_replaced_unasked_and_is_fenced_when_it_wakes(
             assert zombie.poll() is None, (store / "zombie.log").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        with pytest.raises(RunBusyError, match=r"attempt 1 is alive .* takeover=true"):
+        with pytest.raises(RunBusyError, match=r"attempt 1 is alive .* --takeover"):
             learn(toy_engine(log=log), store, "zombie", address=released, **RUNTIME)
         learn(toy_engine(log=log), store, "zombie", address=released, takeover=True, **RUNTIME)
         zombie.send_signal(signal.SIGCONT)
