@@ -100,6 +100,7 @@ class _Phases:
         start = runtime.sampling_version(self.first) if self.first < self.last else self.last
         self._read_evaluations()
         if is_finished(runtime):
+            self._start_last_retention()
             return
         for version in self.missing_evaluations(start):
             # Its weights are still there: the attempt that trained it died before it was evaluated.
@@ -121,8 +122,7 @@ class _Phases:
             if runtime.trainer is not None:
                 self._start("training", episode, self._training(episode))
             self._start_synced(episode + 1)
-        if self.last and runtime.evaluator is not None:
-            self._start("last retention", self.last, self._last_retention())
+        self._start_last_retention()
 
     def _start_synced(self, version: int) -> None:
         if self.runtime.syncs and self.is_synced(version):
@@ -181,8 +181,13 @@ class _Phases:
         await self._after(("retention", version - 1))
         await self._retain(version)
 
+    def _start_last_retention(self) -> None:
+        if self.last:
+            self._start("last retention", self.last, self._last_retention())
+
     async def _last_retention(self) -> None:
-        """Lets go of what was to be evaluated yet when the last version was committed."""
+        """Lets go of what was to be evaluated yet when the last version was committed, and of what
+        an attempt did not come to that was killed after its last commit."""
         await self._after(("training", self.last - 1))
         evaluations = [("evaluation", v) for v in range(self.last + 1)]
         await self._after(("retention", self.last), *evaluations)

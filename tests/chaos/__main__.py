@@ -1,4 +1,7 @@
-"""`python -m tests.chaos --seeds 200 --first-seed 0`: the campaign, and its table."""
+"""`python -m tests.chaos --seeds 200 --first-seed 0`: the campaign, and its table.
+
+With `--tally FILE`, the table of the outcomes in a file that one or several campaigns wrote.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +12,12 @@ import os
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from tests import conftest  # noqa: F401  sets the environment that tests run in
+from tests.chaos.campaign import Death, Outcome, table
 
 
 def main() -> int:
@@ -21,14 +26,17 @@ def main() -> int:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--real", action="store_true", help="vLLM and the torch trainer, no toys")
     parser.add_argument("--json", type=Path, help="write the outcome of each seed, a line each")
+    parser.add_argument("--tally", type=Path, help="only show the table of such a file")
     args = parser.parse_args()
+    if args.tally:
+        return _conclude([_outcome(line) for line in args.tally.read_text().splitlines()])
 
     from prefect.settings import PREFECT_API_URL
     from prefect.testing.utilities import prefect_test_harness
 
     from rlhf_flows.config import ClusterConfig
     from rlhf_flows.pools.cluster import connect, disconnect
-    from tests.chaos.campaign import Outcome, campaign, table
+    from tests.chaos.campaign import campaign
 
     outcomes: list[Outcome] = []
     with (
@@ -59,6 +67,16 @@ def main() -> int:
                         file.write(json.dumps(asdict(outcome)) + "\n")
         finally:
             disconnect()
+    return _conclude(outcomes)
+
+
+def _outcome(line: str) -> Outcome:
+    fields = json.loads(line)
+    deaths = [Death(**death) for death in fields.pop("deaths")]
+    return Outcome(deaths=deaths, **fields)
+
+
+def _conclude(outcomes: Sequence[Outcome]) -> int:
     exact = sum(not o.failure for o in outcomes)
     print(f"\n{table(outcomes)}\n\n{exact} of {len(outcomes)} exact")
     return 0 if exact == len(outcomes) else 1

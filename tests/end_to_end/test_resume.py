@@ -152,6 +152,20 @@ def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: st
     assert shard_digests(store, "lagging") == shards
 
 
+def test_what_retention_did_not_come_to_goes_with_the_next_attempt(
+    store: Path, services: str
+) -> None:
+    learn(toy_engine(eval_rows=0), store, "kept", num_episode=2, keep_last=1)
+    (record,) = (store / "kept/deleted/weights/version=000001").iterdir()
+    record.unlink()
+    left = store / "kept/weights/version=000001" / record.stem / "model.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"as if it had been killed right after its last commit")
+    learn(toy_engine(eval_rows=0), store, "kept", num_episode=2, keep_last=1)
+    assert record.exists()
+    assert not left.exists()
+
+
 def test_changed_prompts_are_taken_where_that_is_asked_for(store: Path, services: str) -> None:
     from pandas import read_parquet
 
