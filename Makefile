@@ -27,6 +27,7 @@ check: dev ## lint, format and types, as the tests of style
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --explicit-package-bases --package benchmarks
 
 fix: dev ## let ruff format the code and fix what it can
 	$(BIN)/ruff check --fix .

@@ -22,10 +22,10 @@ from typing import Any
 from benchmarks.grpo_vs_trl.assets import MODELS, build_model, build_prompts
 from benchmarks.grpo_vs_trl.floor import count_flops
 from benchmarks.grpo_vs_trl.side import Measured, SideName, measure
-from benchmarks.grpo_vs_trl.work import Work
+from benchmarks.grpo_vs_trl.work import Dtype, Work
 from benchmarks.machine import describe_machine, one_line
 
-DTYPES = {"tiny": "float32", "small": "bfloat16"}
+DTYPES: dict[str, Dtype] = {"tiny": "float32", "small": "bfloat16"}
 STEPS = {"tiny": 6, "small": 3}
 LEARNING_STEPS, LEARNING_RATE = 40, 5e-4
 

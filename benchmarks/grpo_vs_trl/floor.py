@@ -38,7 +38,7 @@ def count_flops(
 
     def attention(start: int, stop: int) -> float:
         seen = sum(range(start + 1, stop + 1))
-        return layers * 4.0 * heads * head * seen
+        return float(layers * 4 * heads * head * seen)
 
     times = 1 if shared else samples
     generation = forward = 0.0

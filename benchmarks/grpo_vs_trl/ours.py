@@ -10,6 +10,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
 from benchmarks.marks import mark
@@ -50,7 +51,7 @@ def _processes() -> dict[int, str]:
 
     actors = ray.util.list_named_actors(all_namespaces=True)
     workers = {a["name"]: ray.get_actor(a["name"], a["namespace"]) for a in actors}
-    states = ray.get([w.state.remote() for w in workers.values()])
+    states: list[Any] = ray.get([w.state.remote() for w in workers.values()])
     return {state.pid: name for name, state in zip(workers, states, strict=True)}
 
 

@@ -10,7 +10,9 @@ import argparse
 from dataclasses import asdict, dataclass
 from typing import Literal
 
-__all__ = ["Work", "digit_share", "from_command_line"]
+__all__ = ["Dtype", "Work", "digit_share", "from_command_line"]
+
+Dtype = Literal["float32", "bfloat16"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +23,7 @@ class Work:
     """Folder of model and tokenizer."""
     prompts: str
     """JSONL file; step i takes rows 64 i to 64 i + 63, from the start again after the last."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of the weights, what is computed with them, and the optimizer's moments: on both sides."""
     prompts_per_step: int = 64
     samples: int = 8

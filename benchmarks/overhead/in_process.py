@@ -5,6 +5,7 @@ Through the seams that exist: a `Transport`, and the few methods of a pool that 
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -57,6 +58,7 @@ class InProcessPool:
     def __init__(self, spec: PoolSpec) -> None:
         self.name = spec.module_name
         self.bring_to: Any = None
+        self.moving = asyncio.Lock()
         self.seconds: dict[str, float] = defaultdict(float)
         self._worker = _InProcessWorker(spec)
         state = self._worker.setup(1)
@@ -73,6 +75,8 @@ class InProcessPool:
         timeout_s: float,
         version: int | None = None,
         num_returns: int = 1,
+        wait_s: float | None = None,
+        suspect: bool = False,
     ) -> Any:
         (replica,) = self.replicas
         if version is not None and replica.version != version:

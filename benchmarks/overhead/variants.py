@@ -22,9 +22,10 @@ from benchmarks.marks import mark
 from benchmarks.overhead.in_process import InProcessPool
 from benchmarks.overhead.modules import BenchPolicy, BenchReward, BenchTrainer
 from rlhf_flows import attempt as attempts
+from rlhf_flows.attempt.description import Description
 from rlhf_flows.attempt.placement import connect_cluster, make_pool, open_pools
 from rlhf_flows.data.batch import collate
-from rlhf_flows.engine import Description, GRPOEngine
+from rlhf_flows.engine import GRPOEngine
 from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.store import open_run, open_store, scan, take_attempt
 from rlhf_flows.tasks import NoProgress, Runtime, evaluation, param_sync, rollout, scoring, training
@@ -126,7 +127,7 @@ async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
 
     if name == "ray":
         cluster = await connect_cluster(checked)
-        opened = open_pools(checked, store, "overhead", attempt.number, cluster)
+        opened = open_pools(checked, store, "overhead", attempt.number, cluster, keeps=_none)
         async with opened as pools:
             await run(pools)
         return {}
@@ -144,6 +145,10 @@ async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
         for module, pool in local.items()
         for method, seconds in pool.seconds.items()
     }
+
+
+async def _none(_: BaseException) -> bool:
+    return False
 
 
 def _description(engine: GRPOEngine) -> Description:

@@ -50,8 +50,8 @@ def main() -> None:
         print(f"| {int(size) // 1000} kB | {milliseconds:.1f} ms |")
     scans = {str(n): _scan_s(n) for n in SCANNED[: 2 if args.quick else 3]}
     print("\n| shards of a run | samples | scan |\n|---|---|---|")
-    for number, seconds in scans.items():
-        print(f"| {number} | {int(number) * ROWS_PER_SHARD} | {seconds:.2f} s |")
+    for shards, seconds in scans.items():
+        print(f"| {shards} | {int(shards) * ROWS_PER_SHARD} | {seconds:.2f} s |")
     resumed = []
     print("\n| committed shards | pools | attempt begins | pools ready | first new shard |")
     print("|---|---|---|---|---|", flush=True)
