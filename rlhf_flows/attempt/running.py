@@ -7,7 +7,6 @@ pools are released. Why it ends, and what becomes of the flow run, is told by `s
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
@@ -27,7 +26,7 @@ from rlhf_flows.errors import StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
-from rlhf_flows.reporting.flow_run_page import close_task_runs, tag_of, warnings_shown
+from rlhf_flows.reporting.flow_run_page import close_task_runs, warnings_shown
 from rlhf_flows.services.heartbeat import heartbeats
 from rlhf_flows.services.prefect_server import check_configured_server, kept_prefect_api
 from rlhf_flows.store import (
@@ -106,8 +105,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         changed=record.changed,
         takeover=checked.description.takeover,
     )
-    if attempt.number > 1:
-        await close_task_runs(flow_run.id, run)
+    await close_task_runs(flow_run)
     # Nobody waits for it, and nothing comes of it but space.
     threading.Thread(target=sweep_run, args=(store, run), name="sweep", daemon=True).start()
     if checked.description.progress is not None:
@@ -134,14 +132,11 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
     watch = FlowRunWatch(started, store=store, run=run, attempt=attempt.number)
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
-    page = contextlib.ExitStack()
-    page.enter_context(prefect.tags(tag_of(run)))
-    page.enter_context(warnings_shown())
     try:
         found = await runtime({})
         name, also = checked.description.name, checked.description.progress
         shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
-        async with shows as progress, beside(watch.watch()):
+        async with shows as progress, beside(watch.watch()), warnings_shown():
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
@@ -162,5 +157,4 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         outcome = await watch.outcome_of(e)
         await watch.tell(e)
     finally:
-        page.close()
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
-from uuid import UUID
+from collections.abc import AsyncIterator
 
 import httpx
 from prefect.client.orchestration import get_client
@@ -15,13 +14,12 @@ from prefect.client.schemas.filters import (
     TaskRunFilter,
     TaskRunFilterState,
     TaskRunFilterStateType,
-    TaskRunFilterTags,
 )
-from prefect.client.schemas.objects import State, StateType
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.logging.handlers import APILogHandler
 from prefect.states import Crashed
 
-__all__ = ["close_task_runs", "tag_of", "warnings_shown"]
+__all__ = ["close_task_runs", "warnings_shown"]
 
 logger = logging.getLogger(__name__)
 
@@ -29,13 +27,8 @@ _OURS = logging.getLogger("rlhf_flows")
 _AT_ONCE = 200
 
 
-def tag_of(run: str) -> str:
-    """The tag of a run's task runs: a flow run may hold others beside them."""
-    return f"run {run}"
-
-
-@contextlib.contextmanager
-def warnings_shown() -> Iterator[None]:
+@contextlib.asynccontextmanager
+async def warnings_shown() -> AsyncIterator[None]:
     """Within it, warnings of this package are among the logs of the flow run: who waits for whom
     and since when, which replica died, which shard is made again."""
     if any(isinstance(handler, APILogHandler) for handler in _OURS.handlers):
@@ -49,27 +42,28 @@ def warnings_shown() -> Iterator[None]:
         _OURS.removeHandler(handler)
 
 
-async def close_task_runs(flow_run_id: UUID, run: str) -> None:
-    """Says of the task runs that an attempt of a run left behind that they crashed with it.
+async def close_task_runs(flow_run: FlowRun) -> None:
+    """Says of the task runs that an earlier process of a flow run left that they crashed with it.
 
-    A process that is killed says nothing, and Prefect shows its tasks as running for good. To be
-    called before the next attempt has any.
+    A process that is killed says nothing, and Prefect shows its tasks as running for good.
     """
-    theirs = TaskRunFilter(
+    if flow_run.run_count < 2:
+        return
+    under_way = TaskRunFilter(
         state=TaskRunFilterState(
             type=TaskRunFilterStateType(any_=[StateType.RUNNING, StateType.PENDING]), name=None
-        ),
-        tags=TaskRunFilterTags(all_=[tag_of(run)]),
+        )
     )
     state: State[None] = Crashed(message="the process of its attempt died")
     try:
         async with get_client() as client:
-            left = await client.read_task_runs(
-                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run_id])),
-                task_run_filter=theirs,
+            found = await client.read_task_runs(
+                flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run.id])),
+                task_run_filter=under_way,
                 limit=_AT_ONCE,
             )
-            for task_run in left:
-                await client.set_task_run_state(task_run.id, state, force=True)
+            for task_run in found:
+                if task_run.flow_run_run_count < flow_run.run_count:
+                    await client.set_task_run_state(task_run.id, state, force=True)
     except httpx.HTTPError as e:
         logger.info("task runs of an earlier attempt stay as they are: %s", e)
