@@ -74,6 +74,7 @@ def test_a_finished_run_does_nothing_and_more_episodes_with_more_replicas_go_on_
     assert_only_the_newest_are_kept(store, "grown", kept=(4, 5), deleted=(1, 2, 3))
 
 
+@pytest.mark.slow
 def test_a_run_that_moved_goes_on_to_the_same_bits(
     store: Path, five: str, services: str, tmp_path: Path
 ) -> None:
@@ -166,6 +167,7 @@ def test_what_retention_did_not_come_to_goes_with_the_next_attempt(
     assert not left.exists()
 
 
+@pytest.mark.slow
 def test_changed_prompts_are_taken_where_that_is_asked_for(store: Path, services: str) -> None:
     from pandas import read_parquet
 

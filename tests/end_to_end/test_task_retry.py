@@ -13,7 +13,7 @@ from rlhf_flows.errors import StoreUnavailableError
 from tests.end_to_end.whole_run import evaluated_versions, learn
 from tests.toys import Rows, ToyPolicy, ToyReward, ToyTrainer
 
-pytestmark = pytest.mark.usefixtures("services")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("services")]
 
 
 class Stumbles:

@@ -57,6 +57,7 @@ def _flat(weights: dict[str, Tensor]) -> Tensor:
     return torch.cat([weights[name].double().flatten() for name in sorted(weights)])
 
 
+@pytest.mark.slow  # three pools, one after the other
 @pytest.mark.usefixtures("ray_head")
 async def test_other_topologies_train_to_the_same_weights_within_the_stated_tolerance(
     tmp_path: Path,
