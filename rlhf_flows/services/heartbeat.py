@@ -37,7 +37,7 @@ async def heartbeats(flow_run: FlowRun) -> AsyncIterator[None]:
         # Ended from outside. Whoever did it says so to the server, or is gone, too: then silence is
         # the only sign. And a flow run that a newer attempt has is not for this one to speak for.
         raise
-    except BaseException:
+    except BaseException:  # whatever it was: no more signs of life are to be expected
         _emit(LEFT, flow_run)
         raise
     _emit(LEFT, flow_run)
