@@ -105,6 +105,6 @@ def test_the_loss_of_the_head_ends_the_attempt_by_name_and_the_next_one_starts_c
     assert re.search(rf"the head of the Ray cluster at \S+:{port} is gone", said[-5000:])
     # Named after 15 s; Ray waits for its head for a minute before it lets the process end.
     assert time.monotonic() - lost < 90
-    learn(toy_engine(log=log), store, "head", models=ON_A_NODE, **RUNTIME)
+    learn(toy_engine(log=log), store, "head", **RUNTIME)
     assert_same_bits(store, "head", reference="undisturbed")
     assert_exactly_once(store, "head", episodes=EPISODES)
