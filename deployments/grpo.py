@@ -18,7 +18,7 @@ from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.reference import Reference
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
-from rlhf_flows.tasks.runtime import Progress
+from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "GRPOConfig", "GRPORuntime", "build", "check_reward", "grpo"]
 

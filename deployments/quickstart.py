@@ -30,7 +30,7 @@ from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.services.environment import cache_folder
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 from rlhf_flows.store import check_run_name
-from rlhf_flows.tasks.runtime import Progress
+from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from rlhf_flows.config import EngineConfig, StoreConfig
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.reporting.summary import RecipeResult
-from rlhf_flows.tasks.runtime import Progress
+from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPES", "Recipe", "RecipeResult", "find_recipe", "store_words"]
 

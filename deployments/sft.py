@@ -12,7 +12,7 @@ from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
 from rlhf_flows.engine import SFTEngine
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
-from rlhf_flows.tasks.runtime import Progress
+from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "SFTConfig", "build", "sft"]
 

@@ -27,7 +27,8 @@ from rlhf_flows.config import EngineConfig, load_config
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.flow import RunResult
 from rlhf_flows.modules.base import BaseModule
-from rlhf_flows.tasks.runtime import Progress, SyncPair
+from rlhf_flows.tasks.progress import Progress
+from rlhf_flows.tasks.runtime import SyncPair
 
 __all__ = ["Engine", "Environment", "Evaluator", "GRPOEngine", "SFTEngine", "Trainer"]
 

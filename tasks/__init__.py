@@ -6,8 +6,9 @@ a finished phase it does nothing. Prefect's cache plays no part: the store is th
 
 from rlhf_flows.tasks.evaluation import evaluation
 from rlhf_flows.tasks.param_sync import param_sync
+from rlhf_flows.tasks.progress import NoProgress, Progress
 from rlhf_flows.tasks.rollout import rollout
-from rlhf_flows.tasks.runtime import NoProgress, Progress, Runtime
+from rlhf_flows.tasks.runtime import Runtime
 from rlhf_flows.tasks.scoring import scoring
 from rlhf_flows.tasks.training import training
 

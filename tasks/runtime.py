@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
@@ -32,38 +32,15 @@ from rlhf_flows.store import (
     read_json,
     scan,
 )
+from rlhf_flows.tasks.progress import NoProgress, Progress
 
-__all__ = ["DatasetInfo", "EpisodeData", "NoProgress", "Progress", "Runtime", "SyncPair"]
+__all__ = ["DatasetInfo", "EpisodeData", "Runtime", "SyncPair"]
 
 
 logger = logging.getLogger(__name__)
 
 _MOST_GENERATIONS = 5
 """Of one shard: a store that damages the next one, too, is not written to again and again."""
-
-
-class Progress(Protocol):
-    """Who wants to know how far it is: the terminal, the artifacts of the UI."""
-
-    def begin(self, run: str, num_episode: int) -> None: ...
-    def started(self, phase: str, number: int, total: int) -> None: ...
-    def advanced(self, phase: str, number: int, done: int) -> None: ...
-    def finished(
-        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
-    ) -> None: ...
-    def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
-
-
-class NoProgress:
-    """Nobody wants to know."""
-
-    def begin(self, run: str, num_episode: int) -> None: ...
-    def started(self, phase: str, number: int, total: int) -> None: ...
-    def advanced(self, phase: str, number: int, done: int) -> None: ...
-    def finished(
-        self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
-    ) -> None: ...
-    def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

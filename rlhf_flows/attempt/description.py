@@ -10,7 +10,8 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import Graph
 from rlhf_flows.modules.base import BaseModule
-from rlhf_flows.tasks.runtime import DatasetInfo, Progress, SyncPair
+from rlhf_flows.tasks.progress import Progress
+from rlhf_flows.tasks.runtime import DatasetInfo, SyncPair
 
 __all__ = ["Checked", "Dataset", "Description", "Environment", "Evaluator", "Flow", "Trainer"]
 
