@@ -9,6 +9,7 @@ one of `prefect server start`, so that a later server shows the same runs.
 from __future__ import annotations
 
 import atexit
+import concurrent.futures
 import ctypes
 import os
 import queue
@@ -21,7 +22,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -29,10 +30,17 @@ import httpx
 from rlhf_flows.errors import ConfigError, WaitTimeoutError
 from rlhf_flows.services.environment import PRIVATE, is_server_configured
 
-__all__ = ["PrefectServer", "check_configured_server", "kept_prefect_api", "prefect_api"]
+__all__ = [
+    "PrefectServer",
+    "check_configured_server",
+    "end_events",
+    "kept_prefect_api",
+    "prefect_api",
+]
 
 _START_TIMEOUT_S = 120.0
 _STOP_TIMEOUT_S = 3.0
+_EVENTS_TIMEOUT_S = 5.0
 _PR_SET_PDEATHSIG = 1
 _IDLE_SERVICES = (
     "SCHEDULER",
@@ -123,14 +131,37 @@ class PrefectServer:
         )
 
     def stop(self) -> None:
-        """Ends the process, which writes what it still holds."""
+        """Ends the process, which writes what it still holds and what this one still says."""
         if self.is_running:
+            end_events(_EVENTS_TIMEOUT_S)
             self._process.terminate()
             try:
                 self._process.wait(_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+
+def end_events(timeout_s: float) -> None:
+    """Sends the events that this process still holds, and forgets the server they go to.
+
+    Prefect has one sender of events a process, for the first server it met. Left alone, it tries
+    each event of a later server for 1.5 s at the address of the first, and the process waits for
+    them all before it exits. What is not sent in time is dropped: a server that is gone needs none.
+    """
+    if "prefect.events.worker" not in sys.modules:
+        return
+    from prefect.events.worker import EventsWorker
+
+    with EventsWorker._instance_lock:
+        workers = list(EventsWorker._instances.values())  # type: ignore[misc]  # of any event
+        ending = [worker._drain(at_exit=True) for worker in workers]
+    concurrent.futures.wait(ending, timeout=timeout_s)
+    for worker in workers:
+        with suppress(queue.Empty):
+            while worker._queue.get_nowait() is not None:
+                worker._queue.task_done()
+        worker._queue.put_nowait(None)  # the end that it waits for, maybe just taken
 
 
 def _end_with_parent() -> None:
@@ -193,6 +224,7 @@ def _kept_server() -> PrefectServer:
     """The server of this process, until it exits; another one where that has ended."""
     with _starting:
         if not (_kept and _kept[-1].is_running):
+            end_events(timeout_s=0)  # of the one before
             _kept.append(_started_in_lasting_thread())
         return _kept[-1]
 

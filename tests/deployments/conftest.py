@@ -14,6 +14,7 @@ import pytest
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from rlhf_flows.services.prefect_server import end_events
 from tests.deployments.worker import POOL, kill_group, prefect, wait_for
 
 
@@ -45,6 +46,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SyncPrefectClie
                 prefect("work-pool", "create", POOL, "--type", "process")
                 yield client
         finally:
+            end_events(timeout_s=30)  # of this process, which other tests go on with
             kill_group(server)
 
 
