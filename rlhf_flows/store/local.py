@@ -245,9 +245,8 @@ def _link(source: Path, target: Path) -> None:
     """Synced; its name is not. Whoever wrote the file must be through with it."""
     with source.open("rb") as file:
         os.fsync(file.fileno())
-    _make_folder(target.parent)
     try:
-        os.link(source, target)
+        _in_folder(target.parent, lambda: os.link(source, target))
     except FileExistsError:
         # An earlier try took effect, and its answer was lost.
         if not target.samefile(source):
@@ -267,12 +266,17 @@ def _fetch(record: FileRecord, source: Path, target: Path) -> None:
 
 
 def _open_new(path: Path) -> BufferedWriter:
-    # A loop, because `delete` may remove an emptied folder between the two calls.
+    return _in_folder(path.parent, lambda: path.open("xb"))
+
+
+def _in_folder(folder: Path, make: Callable[[], T]) -> T:
+    """What `make` returns, which needs the folder: `delete` may remove one that is empty again."""
     for _ in range(10):
         with suppress(FileNotFoundError):
-            return path.open("xb")
-        _make_folder(path.parent)
-    return path.open("xb")
+            return make()
+        with suppress(FileNotFoundError):
+            _make_folder(folder)
+    return make()
 
 
 def _make_folder(folder: Path) -> None:
