@@ -55,7 +55,8 @@ def refuse_more(runtime: Runtime, where: str, blamed: Sequence[Blamed]) -> None:
 
 async def _record(runtime: Runtime, data: EpisodeData, blamed: Blamed) -> None:
     """The record that stands is what counts, whoever wrote it."""
-    key = runtime.layout.quarantine(data.plan.episode, blamed.sample_id)
+    plan, generation = data.plan, data.plan_generation
+    key = runtime.layout.quarantine(plan.episode, blamed.sample_id, generation)
     payload = {**blamed.to_json(), "attempt": runtime.attempt}
     commit = await asyncio.to_thread(commit_json, runtime.store, key, payload)
     standing = Blamed.from_json(commit.payload)

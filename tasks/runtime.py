@@ -62,6 +62,8 @@ class EpisodeData:
     """One episode's plan and its shards as they come."""
 
     plan: EpisodePlan
+    plan_generation: int
+    """Which plan of this episode it is: a later one was made of other prompts."""
     rollout: StreamDataset
     scored: StreamDataset
     """What trainers read: the same stream as `rollout` where nothing is scored."""
@@ -267,7 +269,9 @@ class Runtime:
             commit = read_json(self.store, self.layout.trained(number))
             names &= set(commit.get("quarantined", ()))
         return [
-            Blamed.from_json(read_json(self.store, self.layout.quarantine(number, name)))
+            Blamed.from_json(
+                read_json(self.store, self.layout.quarantine(number, name, found.plans.get(0, 0)))
+            )
             for name in sorted(names)
         ]
 
@@ -277,7 +281,13 @@ class Runtime:
         scored = rollout
         if self.scoring_nodes:
             scored = StreamDataset(size, name=f"scoring of episode {plan.episode}")
-        data = EpisodeData(plan=plan, rollout=rollout, scored=scored, quarantine=quarantine)
+        data = EpisodeData(
+            plan=plan,
+            plan_generation=self.state.episode(plan.episode).plans.get(0, 0),
+            rollout=rollout,
+            scored=scored,
+            quarantine=quarantine,
+        )
         self._take_in(data, "rollout")
         self._take_in(data, "scoring")
         return data

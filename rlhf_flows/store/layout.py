@@ -72,8 +72,10 @@ class RunLayout:
         name = f"plan-{wave:02d}.g{generation}" if generation else f"plan-{wave:02d}"
         return f"{self._episode(episode)}/{name}.json"
 
-    def quarantine(self, episode: int, sample_id: str) -> str:
-        return f"{self._episode(episode)}/quarantine/{_check_word(sample_id)}.json"
+    def quarantine(self, episode: int, sample_id: str, plan_generation: int = 0) -> str:
+        """A record holds for the generation of the plan that named the sample, and for no other."""
+        name = _check_word(sample_id) + (f".g{plan_generation}" if plan_generation else "")
+        return f"{self._episode(episode)}/quarantine/{name}.json"
 
     def shard(self, phase: ShardPhase, episode: int, index: int, generation: int = 0) -> str:
         return f"{self._shard(phase, episode, index, generation)}.parquet"
@@ -197,7 +199,7 @@ _SPELLINGS: tuple[tuple[Kind, str], ...] = (
     ("tombstone", rf"{_EPISODE}/{_PHASE}/{_SHARD}{_GENERATION}\.tombstone\.json"),
     ("plan", rf"{_EPISODE}/plan-{_number('wave', 2)}{_GENERATION}\.json"),
     ("trained", rf"{_EPISODE}/trained\.json"),
-    ("quarantine", rf"{_EPISODE}/quarantine/{_word('word')}\.json"),
+    ("quarantine", rf"{_EPISODE}/quarantine/{_word('word')}{_GENERATION}\.json"),
     ("checkpoint_file", rf"checkpoints/{_FOLDER}/(?P<rest>.+)"),
     ("weights_file", rf"weights/{_FOLDER}/(?P<rest>.+)"),
     ("evaluation_shard", rf"{_EVALUATION}/{_SHARD}{_GENERATION}\.parquet"),

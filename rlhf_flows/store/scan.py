@@ -26,7 +26,7 @@ class EpisodeState:
     """Shard index -> key of the generation that counts."""
     scoring: Mapping[int, str]
     quarantined: tuple[str, ...]
-    """Sample ids."""
+    """Sample ids, of the plan that counts."""
     trained: bool
     damaged: Mapping[tuple[ShardPhase, int], int]
     """(phase, shard index) -> newest generation that is known to be damaged."""
@@ -165,7 +165,8 @@ class _Episode:
     """What a scan has seen of one episode so far."""
 
     plans: dict[int, int] = field(default_factory=dict)
-    quarantined: list[str] = field(default_factory=list)
+    quarantined: list[tuple[int, str]] = field(default_factory=list)
+    """(generation of the plan, sample id)."""
     trained: bool = False
     shards: dict[ShardPhase, _Generations] = field(
         default_factory=lambda: {"rollout": _Generations(), "scoring": _Generations()}
@@ -176,7 +177,7 @@ class _Episode:
             case "plan":
                 self.plans[parts.wave] = max(parts.generation, self.plans.get(parts.wave, 0))
             case "quarantine":
-                self.quarantined.append(parts.word)
+                self.quarantined.append((parts.generation, parts.word))
             case "trained":
                 self.trained = True
             case "tombstone" if parts.phase:
@@ -185,12 +186,15 @@ class _Episode:
                 self.shards[parts.phase].add(parts, key)
 
     def state(self, episode: int) -> EpisodeState:
+        planned = self.plans.get(0, 0)
         return EpisodeState(
             episode=episode,
             plans=dict(sorted(self.plans.items())),
             rollout=self.shards["rollout"].counting(),
             scoring=self.shards["scoring"].counting(),
-            quarantined=tuple(sorted(self.quarantined)),
+            quarantined=tuple(
+                sorted(word for generation, word in self.quarantined if generation == planned)
+            ),
             trained=self.trained,
             damaged={
                 (phase, index): generation

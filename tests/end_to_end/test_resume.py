@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from rlhf_flows.data import Blamed
 from rlhf_flows.errors import DataError, StoreDamageError
 from rlhf_flows.store import open_store, scan
 from tests.end_to_end.whole_run import (
@@ -174,6 +175,12 @@ def test_changed_prompts_are_taken_where_that_is_asked_for(store: Path, services
     learn(toy_engine(eval_rows=0), store, "fresh", num_episode=2)
     episode = "episodes/episode=000001"
     forget(store, "fresh", f"{episode}/trained.json", f"{episode}/scoring/shard-00003.parquet")
+    blamed = Blamed(
+        sample_id="e000001-r000002-s00", phase="rollout", module="policy", cause="of old prompts"
+    )
+    record = store / "fresh" / f"{episode}/quarantine/{blamed.sample_id}.json"
+    record.parent.mkdir()
+    record.write_text(json.dumps(blamed.to_json()))
     few = toy_engine(eval_rows=0, rows=8)
     learn(few, store, "fresh", num_episode=3, new_prompts="take")
     root = store / "fresh/episodes"

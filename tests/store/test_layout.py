@@ -93,11 +93,14 @@ def test_a_key_parses_back_to_what_it_was_made_of(run, data):
         (layout.run_json, KeyParts(kind="run")),
         (layout.attempt(index), KeyParts(kind="attempt", number=index)),
         (layout.attempt_ended(index), KeyParts(kind="attempt_ended", number=index)),
-        (layout.plan(episode, index), KeyParts(kind="plan", episode=episode, wave=index)),
+        (
+            layout.plan(episode, index, generation),
+            KeyParts(kind="plan", episode=episode, wave=index, generation=generation),
+        ),
         (layout.trained(episode), KeyParts(kind="trained", episode=episode)),
         (
-            layout.quarantine(episode, word),
-            KeyParts(kind="quarantine", episode=episode, word=word),
+            layout.quarantine(episode, word, generation),
+            KeyParts(kind="quarantine", episode=episode, word=word, generation=generation),
         ),
         (layout.shard(phase, episode, index, generation), KeyParts(kind="shard", **shard)),
         (layout.tombstone(phase, episode, index, generation), KeyParts(kind="tombstone", **shard)),

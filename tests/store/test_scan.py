@@ -108,6 +108,15 @@ def test_quarantined_samples_are_listed():
     assert scan_keys("r", [key]).episode(1).quarantined == ("e000001-r000012-s02",)
 
 
+def test_who_was_quarantined_of_the_prompts_before_is_not_among_the_ones_that_replace_them():
+    plans = [LAYOUT.plan(1), LAYOUT.plan(1, generation=1)]
+    old = LAYOUT.quarantine(1, "e000001-r000012-s02")
+    new = LAYOUT.quarantine(1, "e000001-r000003-s00", 1)
+    assert scan_keys("r", [*plans, old]).episode(1).quarantined == ()
+    assert scan_keys("r", [*plans, old, new]).episode(1).quarantined == ("e000001-r000003-s00",)
+    assert scan_keys("r", [plans[0], old]).episode(1).quarantined == ("e000001-r000012-s02",)
+
+
 def test_a_scan_sees_what_is_in_the_store_and_of_this_run_only(store):
     for key in (LAYOUT.run_json, SHARDS["rollout", 0, 2], "r2/run.json", "r2/attempts/000001.json"):
         store.put_if_absent(key, b"")
