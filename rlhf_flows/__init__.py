@@ -12,26 +12,42 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from rlhf_flows.data import StreamDataset
     from rlhf_flows.engine import Engine, Environment, Evaluator, GRPOEngine, SFTEngine, Trainer
-    from rlhf_flows.modules import BaseModule, TorchModule, VLLMModule
+    from rlhf_flows.graph import ControlDependencies
+    from rlhf_flows.initialization import init
+    from rlhf_flows.modules import (
+        BaseModule,
+        DeepSpeedModule,
+        MegatronModule,
+        TorchModule,
+        VLLMModule,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaseModule",
+    "ControlDependencies",
+    "DeepSpeedModule",
     "Engine",
     "Environment",
     "Evaluator",
     "GRPOEngine",
+    "MegatronModule",
     "SFTEngine",
     "StreamDataset",
     "TorchModule",
     "Trainer",
     "VLLMModule",
     "__version__",
+    "init",
 ]
 
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
+    "ControlDependencies": "rlhf_flows.graph",
+    "DeepSpeedModule": "rlhf_flows.modules",
+    "MegatronModule": "rlhf_flows.modules",
+    "init": "rlhf_flows.initialization",
     "Engine": "rlhf_flows.engine",
     "Environment": "rlhf_flows.engine",
     "Evaluator": "rlhf_flows.engine",

@@ -48,6 +48,8 @@ class RunResult:
     """What training measured, by episode."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Means over the held-out prompts, by policy version."""
+    evaluated: dict[int, list[str]] = field(default_factory=dict)
+    """Keys of the shards of each evaluation."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of this attempt, by phase."""
 
@@ -86,10 +88,11 @@ class _Phases:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         # Without a trainer there is version 0 alone: what an evaluator looks at.
-        self.last = 0 if runtime.trainer is None else runtime.config.runtime.num_episode
+        self.last = 0 if runtime.trainer is None else runtime.num_episode
         self.first = min(runtime.state.trained_episodes, self.last)
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.evaluated: dict[int, list[str]] = {}
         self._done: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup
 
@@ -221,6 +224,7 @@ class _Phases:
         await self._after(("sync", version), ("training", version - 1))
         report = await evaluation(self.runtime, version)
         self.evaluations[version] = report["metrics"]
+        self.evaluated[version] = report["shards"]
         self._count("evaluation", report)
 
     # ---- what is evaluated ----------------------------------------------------------------
@@ -276,6 +280,7 @@ class _Phases:
             resumed_at=self.first,
             episodes=episodes,
             evaluations=dict(sorted(self.evaluations.items())),
+            evaluated=dict(sorted(self.evaluated.items())),
             seconds=self.seconds,
         )
 

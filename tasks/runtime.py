@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -34,13 +34,17 @@ from rlhf_flows.store import (
 )
 from rlhf_flows.tasks.progress import NoProgress, Progress
 
-__all__ = ["DatasetInfo", "EpisodeData", "Runtime", "SyncPair"]
+__all__ = ["DatasetInfo", "EpisodeData", "PostProcess", "Runtime", "SyncPair"]
 
 
 logger = logging.getLogger(__name__)
 
 _MOST_GENERATIONS = 5
 """Of one shard: a store that damages the next one, too, is not written to again and again."""
+
+
+PostProcess = Callable[[dict[str, list[Any]], dict[str, Any]], Any]
+"""Given `{module: [batches]}` of an evaluation and information on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +58,13 @@ class SyncPair:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
     num_rows: int
+    """Items of the dataset that the modules built."""
     digest: str
+    """Of the rows that they were given."""
+    parts: tuple[int, ...] = ()
+    """Items of each of several datasets, which stand one after another."""
+    lengths: tuple[int, ...] = ()
+    """Of each row's prompt, where shards are to hold prompts of one length."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +106,14 @@ class Runtime:
         dataset: DatasetInfo | None,
         eval_dataset: DatasetInfo | None,
         progress: Progress | None = None,
+        post_process: PostProcess | None = None,
+        only_evaluates: bool = False,
     ) -> None:
+        """
+        Args:
+            post_process: Looks at what an evaluation found; its numbers join the metrics.
+            only_evaluates: Nothing is trained but what is.
+        """
         self.config = config
         self.run = run
         self.attempt = attempt
@@ -113,6 +130,8 @@ class Runtime:
         self.dataset = dataset
         self.eval_dataset = eval_dataset
         self.progress: Progress = progress or NoProgress()
+        self.post_process = post_process
+        self.num_episode = state.trained_episodes if only_evaluates else config.runtime.num_episode
         self.commits: dict[int, dict[str, Any]] = {}
         """Payload of `trained.json`, by the policy version it made."""
         self.gone: set[str] = set(state.deleted)
@@ -145,7 +164,7 @@ class Runtime:
 
     async def prepare(self, number: int) -> None:
         """Makes the plan of an episode ahead of its time, if there is such an episode."""
-        if number < self.config.runtime.num_episode:
+        if number < self.num_episode:
             await self.episode(number)
 
     async def begin(self, phase: ShardPhase | Literal["evaluation"], number: int) -> None:
@@ -255,6 +274,9 @@ class Runtime:
             groups_per_shard=max(1, runtime.samples_per_shard // group),
             shuffle=runtime.data_shuffle,
             versions={pair.target: version for pair in self.syncs},
+            parts=dataset.parts,
+            ratio=runtime.data_ratio or (),
+            lengths=dataset.lengths,
         )
 
     def _blamed(self, number: int) -> list[Blamed]:
@@ -382,6 +404,8 @@ class Runtime:
     async def weights_of(self, module: str, version: int) -> WeightsSource | None:
         """The weights as Ray objects, if the trainer holds that version and is at rest."""
         key = (module, version)
+        if module not in self.pools:
+            return None
         if key not in self._sending:
             (replica,) = self.pools[module].replicas
             state, busy = replica.state, bool(replica.working_on)

@@ -92,6 +92,7 @@ async def _train_episode(
             samples_per_batch=settings.samples_per_batch,
             epoch=epoch,
             shuffle=settings.data_shuffle,
+            whole_batches=settings.training_shuffle_mode == "batch",
         )
     ]
     given: dict[str, dict[int, frozenset[str]]] = {node.module: {} for node in nodes}
@@ -99,16 +100,18 @@ async def _train_episode(
     if report:
         runtime.progress.started("training", data.plan.episode, len(batches))
     for index in range(len(batches)):
+        steps: dict[int, asyncio.Task[Mapping[str, float]]] = {}
+
+        async def step(node: Node, index: int = index, steps: Any = steps) -> Mapping[str, float]:
+            for other in node.after:
+                await steps[other]
+            held = given[node.module]
+            return await _step(runtime, data, node, batches=batches, index=index, given=held)
+
         async with together() as group:
-            steps = [
-                group.create_task(
-                    _step(
-                        runtime, data, node, batches=batches, index=index, given=given[node.module]
-                    )
-                )
-                for node in nodes
-            ]
-        measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
+            for node in nodes:
+                steps[node.id] = group.create_task(step(node))
+        measured.append(_merge_metrics(nodes, [steps[node.id].result() for node in nodes]))
         if report:
             runtime.progress.advanced("training", data.plan.episode, index + 1)
     for node in nodes:

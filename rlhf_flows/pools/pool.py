@@ -121,9 +121,18 @@ class Pool:
         self._actors.release()
         self._replicas = []
 
-    async def set_dataset(self, kind: str, digest: str, rows: Sequence[Any]) -> None:
-        """Every replica builds the dataset of `rows`, unless it has it."""
-        await self._actors.set_dataset(kind, digest, rows, self._replicas)
+    async def set_dataset(
+        self, kind: str, digest: str, rows: Sequence[Any], parts: Sequence[int] = ()
+    ) -> tuple[int, ...]:
+        """Every replica builds the dataset of `rows`, unless it has it.
+
+        Args:
+            parts: How many of the rows belong to each of several datasets.
+
+        Returns:
+            The number of its items; of each part, where there are several.
+        """
+        return await self._actors.set_dataset(kind, digest, rows, parts, self._replicas)
 
     # ---- calls ----------------------------------------------------------------------------
 
