@@ -26,7 +26,7 @@ from rlhf_flows.pools.resources import check_fits
 from rlhf_flows.store import ObjectStore, check_fence
 from rlhf_flows.together import together
 
-__all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
+__all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools", "release_left"]
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +106,14 @@ async def open_pools(
         keeper.cancel()
         if cluster.is_local or not kept:
             await _release(list(pools.values()))
+
+
+async def release_left(
+    checked: Checked, store: ObjectStore, run: str, attempt: int, cluster: Cluster
+) -> None:
+    """Ends the actors of a run that is finished: those of an attempt that was killed at its end."""
+    if not cluster.is_local:
+        await _release([make_pool(checked, store, run, attempt, name) for name in checked.modules])
 
 
 async def _build_datasets(

@@ -20,7 +20,7 @@ from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import claim_run, new_run_name
 from rlhf_flows.attempt.deaths import check_attempts_left
 from rlhf_flows.attempt.description import Checked, Dataset, Description
-from rlhf_flows.attempt.placement import connect_cluster, open_pools
+from rlhf_flows.attempt.placement import connect_cluster, open_pools, release_left
 from rlhf_flows.attempt.stopping import FlowRunWatch, started_for, without_abort
 from rlhf_flows.errors import ConfigError, StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
@@ -143,6 +143,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
+                await release_left(checked, store, run, attempt.number, cluster)
             else:
                 resumes = found.state.trained_episodes > 0
                 opened = open_pools(
