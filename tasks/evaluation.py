@@ -29,6 +29,7 @@ from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_sh
 from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
 __all__ = ["evaluated_batches", "evaluation", "evaluation_digest"]
@@ -48,6 +49,7 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
         payload = await asyncio.to_thread(read_json, runtime.store, done_key)
         keys = [state.shards[i] for i in sorted(state.shards)]
         return _finished(runtime, version, 0.0, payload["metrics"], keys)
+    await ensure_trained(runtime, "evaluation", version)
     found = _Evaluation(runtime, version, digest)
     metrics = await found.run(state or EvaluationState(shards={}, done=False))
     keys = [found.keys[i] for i in sorted(found.keys)]
@@ -156,7 +158,10 @@ class _Evaluation:
                 index=index,
                 episode=version,
                 key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
-                versions={pair.target: version for pair in runtime.syncs},
+                versions={
+                    **{pair.target: version for pair in runtime.syncs},
+                    **dict.fromkeys(runtime.trained_in("evaluation"), version),
+                },
                 groups=tuple((name,) for name in columns["sample_id"]),
                 source=Source(dataset="eval", columns=columns),
             )

@@ -17,7 +17,14 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
-from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError, SyncError
+from rlhf_flows.errors import (
+    DataError,
+    NotBegunError,
+    PoolError,
+    ShardDamageError,
+    StoreDamageError,
+    SyncError,
+)
 from rlhf_flows.graph import Graph
 from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
 from rlhf_flows.store import (
@@ -131,6 +138,7 @@ class Runtime:
         self.eval_dataset = eval_dataset
         self.progress: Progress = progress or NoProgress()
         self.post_process = post_process
+        self.only_evaluates = only_evaluates
         self.num_episode = state.trained_episodes if only_evaluates else config.runtime.num_episode
         self.commits: dict[int, dict[str, Any]] = {}
         """Payload of `trained.json`, by the policy version it made."""
@@ -384,6 +392,18 @@ class Runtime:
                 f" {module!r}: it was written by another configuration"
             ) from e
 
+    def trained_in(self, phase: ShardPhase | Literal["evaluation"]) -> frozenset[str]:
+        """The trained modules that a phase asks themselves, not one that follows them."""
+        if self.trainer is None:
+            return frozenset()
+        if phase == "evaluation":
+            asked = set() if self.evaluator is None else set(self.evaluator.modules)
+        else:
+            nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
+            graph = self.environment
+            asked = {n.module for n in graph.nodes if n.id in nodes} if graph is not None else set()
+        return frozenset(asked & self.trainer.modules.keys())
+
     def followed_in(self, phase: ShardPhase) -> list[str]:
         """The modules that take part in a phase of the environment with a trainer's weights."""
         nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
@@ -431,10 +451,14 @@ class Runtime:
         A failed load leaves an engine in no known state: the replica is then replaced, and loads
         from the store.
         """
-        module = self.source_of(pool.name)
+        is_trained = self.trainer is not None and pool.name in self.trainer.modules
+        module = pool.name if is_trained else self.source_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
+            return
+        if is_trained:
+            await self._restore_trained(pool, replica, version)
             return
         timeout_s = self.config.runtime.sync_timeout_s
         for is_last in (False, True):
@@ -457,6 +481,23 @@ class Runtime:
                 await pool.rebuild(replica)
             else:
                 return
+
+    async def _restore_trained(self, pool: Pool, replica: Replica, version: int) -> None:
+        record = await self.checkpoint_of(pool.name, version)
+        if record.state is None:
+            raise NotBegunError(
+                f"{pool.name!r} is asked for version {version}, which was committed without its"
+                " training state: the phase begins again, and trains it back to there first"
+            )
+        replica.state = await pool.on_replica(
+            replica,
+            "restore",
+            self.attempt,
+            record,
+            version,
+            what=f"restoring version {version}",
+            timeout_s=self.config.runtime.setup_timeout_s,
+        )
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

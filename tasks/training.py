@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from prefect import task
 
@@ -37,13 +37,13 @@ from rlhf_flows.pools import (
     TrainCall,
     TrainRows,
 )
-from rlhf_flows.store import commit_json
+from rlhf_flows.store import ShardPhase, commit_json
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 from rlhf_flows.together import together
 
-__all__ = ["training"]
+__all__ = ["ensure_trained", "training"]
 
 logger = logging.getLogger(__name__)
 
@@ -239,6 +239,17 @@ def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
 
 
 # ---- back to the last commit ------------------------------------------------------------------
+
+
+async def ensure_trained(
+    runtime: Runtime, phase: ShardPhase | Literal["evaluation"], version: int
+) -> None:
+    """Brings the trained modules that a phase asks themselves cleanly to `version`."""
+    asked = runtime.trained_in(phase)
+    async with together() as group:
+        for node in _trained_nodes(runtime) if asked else ():
+            if node.module in asked:
+                group.create_task(_ensure_version(runtime, node, version))
 
 
 async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:

@@ -42,6 +42,13 @@ def check(description: Description) -> Checked:
         if graph is not None:
             _check_methods(graph, modules, trains=False)
     trained = frozenset() if trainer is None else {n.module for n in trainer.nodes}
+    if environment is not None and description.config.runtime.max_staleness:
+        for name in sorted(trained & environment.modules.keys()):
+            raise ConfigError(
+                f"{name!r} is trained and asked in the environment's flow, so it cannot lag behind"
+                f" itself: with runtime.max_staleness={description.config.runtime.max_staleness}"
+                " use a second module that follows it (set_parameter_sync), or set it to 0"
+            )
     shares = shares_of(description.config, modules, trained=trained)
     if description.config.cluster.address is None:
         check_fits_here(description.config, shares)
@@ -125,6 +132,11 @@ def _check_syncs(
             raise ConfigError(
                 f"set_parameter_sync takes weights from {pair.source!r}, which the trainer's flow"
                 f" does not train: it trains {', '.join(sorted(trained)) or 'nothing'}"
+            )
+        if pair.target in trained:
+            raise ConfigError(
+                f"set_parameter_sync gives {pair.target!r} the weights of {pair.source!r}, but the"
+                " trainer's flow trains it itself: a module is trained, or follows another"
             )
     targets = [pair.target for pair in syncs]
     for name in targets:

@@ -171,7 +171,8 @@ class Pool:
             self._saying_who_keeps_it(what, every_s),
             self._claim(what, timeout_s if wait_s is None else wait_s) as replica,
         ):
-            if version is not None and replica.version != version:
+            # A trained module in the middle of an episode is at no version.
+            if version is not None and not (replica.version == version and replica.state.clean):
                 await self._bring(replica, version, what)
             answer = await self._call_on(
                 replica, method, args, what, timeout_s, num_returns, suspect

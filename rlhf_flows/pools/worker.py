@@ -215,7 +215,7 @@ class Worker:
 
     def _forward(self, call: ForwardCall, batches: list[Batch]) -> tuple[Any, Any, NodeReport]:
         started = time.perf_counter()
-        if call.version is not None and call.version != self._version:
+        if call.version is not None and not (call.version == self._version and self._clean):
             raise PoolError(
                 f"{self._module.name!r} holds policy version {self._version}, shard"
                 f" {call.shard} of episode {call.episode} asks for version {call.version}"
