@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_flows.data import StreamDataset
+    from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
     from rlhf_flows.engine import Engine, Environment, Evaluator, GRPOEngine, SFTEngine, Trainer
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
@@ -30,9 +30,11 @@ __all__ = [
     "DeepSpeedModule",
     "Engine",
     "Environment",
+    "EpisodeRelayBuffer",
     "Evaluator",
     "GRPOEngine",
     "MegatronModule",
+    "RelaySampleManager",
     "SFTEngine",
     "StreamDataset",
     "TorchModule",
@@ -53,6 +55,8 @@ _HOMES = {
     "Evaluator": "rlhf_flows.engine",
     "GRPOEngine": "rlhf_flows.engine",
     "SFTEngine": "rlhf_flows.engine",
+    "EpisodeRelayBuffer": "rlhf_flows.data",
+    "RelaySampleManager": "rlhf_flows.data",
     "StreamDataset": "rlhf_flows.data",
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
