@@ -27,6 +27,7 @@ from tests.end_to_end.whole_run import (
     assert_exactly_once,
     commits,
     learn,
+    toy_engine,
     weight_digests,
 )
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
@@ -242,3 +243,17 @@ def test_relayed_samples_are_trained_on_and_again_after_a_death(store: Path, ser
         learn(engine(ToyTrainer("trainer")), store, "fixed", num_episode=1, **fixed)
     with pytest.raises(ConfigError, match=r"runtime\.max_relay_episode is 0"):
         learn(engine(ToyTrainer("trainer")), store, "never", num_episode=1)
+
+
+@pytest.mark.slow
+def test_a_module_may_be_synced_less_often_than_others_or_never(store: Path, services: str) -> None:
+    two = {"policy": {"sync_frequency": 2}}
+    learn(toy_engine(eval_rows=0), store, "every-second", num_episode=4, models=two)
+    never = {"policy": {"sync_frequency": 0}}
+    learn(toy_engine(eval_rows=0), store, "never-synced", num_episode=2, models=never)
+    for name, versions in (("every-second", [0, 0, 2, 2]), ("never-synced", [0, 0])):
+        sampled = [
+            set(episode(store, name, "rollout", number)["policy_version"])
+            for number in range(len(versions))
+        ]
+        assert sampled == [{v} for v in versions]
