@@ -30,6 +30,7 @@ if TYPE_CHECKING:
         sample_seed,
         training_batches,
     )
+    from rlhf_flows.data.preferences import PreferenceDataset, pair_rows
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
     from rlhf_flows.data.quarantine import Blamed, Quarantine
     from rlhf_flows.data.row_types import uniform_rows
@@ -47,6 +48,7 @@ __all__ = [
     "EpisodePlan",
     "GroupRef",
     "PlannedShard",
+    "PreferenceDataset",
     "PromptDataset",
     "Quarantine",
     "ShardHandle",
@@ -62,6 +64,7 @@ __all__ = [
     "keep_samples",
     "load_rows",
     "make_plan",
+    "pair_rows",
     "parquet_metadata",
     "permutation",
     "prompt_text",
@@ -91,6 +94,7 @@ _HOME = {
         "sample_seed",
         "training_batches",
     ],
+    "preferences": ["PreferenceDataset", "pair_rows"],
     "prompts": ["PromptDataset", "prompt_text"],
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
