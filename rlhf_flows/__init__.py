@@ -11,17 +11,31 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_flows.data import StreamDataset
-    from rlhf_flows.engine import Engine, Environment, Evaluator, GRPOEngine, SFTEngine, Trainer
+    from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
+    from rlhf_flows.engines import (
+        DPOEngine,
+        EvalEngine,
+        GRPOEngine,
+        OnlineDPOEngine,
+        RewardModelEngine,
+        RLHFEngine,
+        SFTEngine,
+    )
     from rlhf_flows.modules import BaseModule, TorchModule, VLLMModule
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaseModule",
+    "DPOEngine",
     "Engine",
     "Environment",
+    "EvalEngine",
     "Evaluator",
     "GRPOEngine",
+    "OnlineDPOEngine",
+    "RLHFEngine",
+    "RewardModelEngine",
     "SFTEngine",
     "StreamDataset",
     "TorchModule",
@@ -32,11 +46,16 @@ __all__ = [
 
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
+    "DPOEngine": "rlhf_flows.engines",
     "Engine": "rlhf_flows.engine",
     "Environment": "rlhf_flows.engine",
+    "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
-    "GRPOEngine": "rlhf_flows.engine",
-    "SFTEngine": "rlhf_flows.engine",
+    "GRPOEngine": "rlhf_flows.engines",
+    "OnlineDPOEngine": "rlhf_flows.engines",
+    "RLHFEngine": "rlhf_flows.engines",
+    "RewardModelEngine": "rlhf_flows.engines",
+    "SFTEngine": "rlhf_flows.engines",
     "StreamDataset": "rlhf_flows.data",
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",

@@ -37,6 +37,7 @@ FLOORS = {
     "tasks": 7,
     "attempt": 8,
     "engine": 8,
+    "engines": 8,
     "exports": 8,
     "flow": 8,
     "reporting": 8,

@@ -51,6 +51,11 @@ class OnlineDPOTrainer(DPOTrainer):
         members: dict[int, list[int]] = {}
         for row, group in enumerate(column(data, "group", self.name)):
             members.setdefault(int(group), []).append(row)
+        if members and all(len(rows) == 1 for rows in members.values()):
+            raise DataError(
+                f"module {self.name!r} compares completions of one prompt, and every prompt of the"
+                " batch has one: set runtime.num_inference_per_prompt to 2 or more"
+            )
         rival: list[int | None] = [None] * len(rewards)
         is_tied = [False] * len(rewards)
         for rows in members.values():

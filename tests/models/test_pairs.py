@@ -325,6 +325,7 @@ def test_a_batch_of_ties_changes_nothing(tiny: Path) -> None:
         (OnlineDPOTrainer, {"reference_logprobs": None}, "needs the column 'reference_logprobs'"),
         (OnlineDPOTrainer, {"group": None}, "needs the column 'group'"),
         (OnlineDPOTrainer, {"reward": torch.tensor([0.0, float("nan")] * 6)}, "of row 1 is nan"),
+        (OnlineDPOTrainer, {"group": torch.arange(12)}, "num_inference_per_prompt to 2 or more"),
         (
             OnlineDPOTrainer,
             {"reference_logprobs": [torch.zeros(30)] * 12},
