@@ -7,12 +7,10 @@ all it was given with them: each call below is given all that it may need.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from rlhf_flows.data.preferences import pair_rows
-from rlhf_flows.data.rows import load_rows
 from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.base import BaseModule
@@ -72,7 +70,11 @@ class SFTEngine(Engine):
 
 
 class RewardModelEngine(Engine):
-    """A reward model learnt from preferences: a dataset of pairs and a trainer, no environment."""
+    """A reward model learnt from preferences: a dataset of pairs and a trainer, no environment.
+
+    The ready-made ones: RewardTrainer, RewardModel. Their rows are {prompt, chosen, rejected}, or
+    {prompt, pos_answers, neg_answers} of which every pair is an item.
+    """
 
     def __init__(
         self, trainer: BaseModule, reward: BaseModule | None = None, name: str = "reward-model"
@@ -84,12 +86,6 @@ class RewardModelEngine(Engine):
 
         super().__init__(None, Trainer(trainer_flow), name=name)
         self._trainer_module, self._reward = trainer, reward
-
-    def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
-        """Rows {prompt, chosen, rejected}, or {prompt, pos_answers, neg_answers}: each pair a row
-        of its own from here on.
-        """
-        return super().set_dataset(_pairs(dataset))
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
         """Held-out pairs, for how often the better completion is rewarded more."""
@@ -105,7 +101,7 @@ class RewardModelEngine(Engine):
         def eval_flow(batch: Any) -> Any:
             return reward.eval_step(batch)
 
-        return self.set_evaluator(Evaluator(eval_flow).set_dataset(_pairs(dataset)))
+        return self.set_evaluator(Evaluator(eval_flow).set_dataset(dataset))
 
 
 class RLHFEngine(Engine):
@@ -153,7 +149,8 @@ class RLHFEngine(Engine):
 class DPOEngine(Engine):
     """Direct preference optimization (arXiv 2305.18290): a frozen reference, and a trainer.
 
-    The ready-made ones: PreferenceReference, DPOTrainer. Nothing is sampled.
+    The ready-made ones: PreferenceReference, DPOTrainer, with rows as in `RewardModelEngine`.
+    Nothing is sampled.
     """
 
     def __init__(self, reference: BaseModule, ppo_policy: BaseModule, name: str = "dpo") -> None:
@@ -164,12 +161,6 @@ class DPOEngine(Engine):
             ppo_policy.train_step(batch)  # type: ignore[call-arg]
 
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
-
-    def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
-        """Rows {prompt, chosen, rejected}, or {prompt, pos_answers, neg_answers}: each pair a row
-        of its own from here on.
-        """
-        return super().set_dataset(_pairs(dataset))
 
 
 class OnlineDPOEngine(Engine):
@@ -235,8 +226,3 @@ def _evaluator(*models: BaseModule) -> Evaluator:
         return tuple(found)
 
     return Evaluator(eval_flow)
-
-
-def _pairs(dataset: Sequence[Any] | str | Path) -> list[Any]:
-    rows = load_rows(dataset) if isinstance(dataset, str | Path) else list(dataset)
-    return pair_rows(rows) if all(isinstance(row, Mapping) for row in rows) else rows

@@ -1,7 +1,7 @@
 """Preferences: rows of a prompt with a better and a worse completion, and their tokens.
 
-The decision here: one row is one pair. Files that list several pairs of a prompt are opened up
-before a run begins (`pair_rows`), so that what is planned, counted and resumed is a pair.
+The decision here: an item is one pair. Rows that list several pairs of a prompt are opened up when
+the dataset is made, so that what is planned, counted and resumed is a pair.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ def pair_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """
     pairs: list[dict[str, Any]] = []
     for number, row in enumerate(rows):
-        if not set(_LISTS) & set(row):
-            pairs.append(dict(row))
-            continue
+        others = {name: value for name, value in row.items() if name not in _LISTS}
         better, worse = (row.get(name) for name in _LISTS)
+        if better is None and worse is None:
+            pairs.append(others)
+            continue
         if not isinstance(better, list) or not isinstance(worse, list) or not better:
             raise DataError(
                 f"row {number} needs lists of texts under 'pos_answers' and 'neg_answers', found"
@@ -49,15 +50,14 @@ def pair_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
                 f"row {number} has {len(better)} pos_answers and {len(worse)} neg_answers: they"
                 " are pairs, the first with the first, so give as many of each"
             )
-        others = {name: value for name, value in row.items() if name not in _LISTS}
         for chosen, rejected in zip(better, worse, strict=True):
             pairs.append({**others, "chosen": chosen, "rejected": rejected})
     return pairs
 
 
 class PreferenceDataset(Dataset[dict[str, Any]]):
-    """Row i as {prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids} and its other
-    columns.
+    """Pair i as {prompt, prompt_ids, chosen, chosen_ids, rejected, rejected_ids} and the other
+    columns of its row. Rows are what `pair_rows` takes.
     """
 
     collate_fn = None
@@ -72,10 +72,11 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         append_eos: bool = True,
     ) -> None:
         """Raises DataError for no rows, or one that is no pair."""
-        for number, row in enumerate(rows):
-            _check_pair(row, number)
+        pairs = pair_rows(rows)
+        for number, pair in enumerate(pairs):
+            _check_pair(pair, number)
         self._prompts = PromptDataset(
-            rows,
+            pairs,
             tokenizer,
             max_prompt_tokens=max_tokens,
             chat_template=chat_template,
@@ -89,16 +90,16 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
         return len(self._prompts)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Raises DataError naming the row where it is empty or longer than allowed."""
+        """Raises DataError naming the pair where it is empty or longer than allowed."""
         item = self._prompts[index]
         for name in ("chosen", "rejected"):
             ids = self._ids(item[name])
             total = len(item["prompt_ids"]) + len(ids)
             if not len(ids):
-                raise DataError(f"the {name} completion of row {index} has no tokens")
+                raise DataError(f"the {name} completion of pair {index} has no tokens")
             if total > self._max_tokens:
                 raise DataError(
-                    f"row {index} has {total} tokens, prompt and {name} completion together, the"
+                    f"pair {index} has {total} tokens, prompt and {name} completion together, the"
                     f" limit is {self._max_tokens}: shorten it, or raise max_tokens if the model"
                     " takes more"
                 )
@@ -118,15 +119,10 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
 
 
 def _check_pair(row: Mapping[str, Any], number: int) -> None:
-    if set(_LISTS) & set(row):
-        raise DataError(
-            f"row {number} lists pairs under 'pos_answers' and 'neg_answers', and one row is one"
-            " pair: open it up with rlhf_flows.data.pair_rows(rows) first"
-        )
     for name in ("chosen", "rejected"):
         if not isinstance(row.get(name), str):
             raise DataError(
-                f"row {number} needs a text under {name!r}, found {_kind(row.get(name))} among"
+                f"pair {number} needs a text under {name!r}, found {_kind(row.get(name))} among"
                 f" {sorted(row)}: a preference is {{prompt, chosen, rejected}}"
             )
 

@@ -238,7 +238,7 @@ def test_rows_become_batches_that_the_module_takes(tiny: Path, kind: Any) -> Non
     dataset = made.build_dataset(ROWS)
     found = ready(made).forward_step(collate([dataset[i] for i in range(len(ROWS))]))
     assert len(found["prompt"]) == len(ROWS)
-    with pytest.raises(DataError, match="row 0 needs a text under 'rejected'"):
+    with pytest.raises(DataError, match="pair 0 needs a text under 'rejected'"):
         made.validate_rows([{"prompt": "a", "chosen": "b"}])
 
 
