@@ -21,18 +21,29 @@ if TYPE_CHECKING:
         RLHFEngine,
         SFTEngine,
     )
-    from rlhf_flows.modules import BaseModule, TorchModule, VLLMModule
+    from rlhf_flows.graph import ControlDependencies
+    from rlhf_flows.initialization import init
+    from rlhf_flows.modules import (
+        BaseModule,
+        DeepSpeedModule,
+        MegatronModule,
+        TorchModule,
+        VLLMModule,
+    )
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaseModule",
+    "ControlDependencies",
     "DPOEngine",
+    "DeepSpeedModule",
     "Engine",
     "Environment",
     "EvalEngine",
     "Evaluator",
     "GRPOEngine",
+    "MegatronModule",
     "OnlineDPOEngine",
     "RLHFEngine",
     "RewardModelEngine",
@@ -42,11 +53,16 @@ __all__ = [
     "Trainer",
     "VLLMModule",
     "__version__",
+    "init",
 ]
 
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
     "DPOEngine": "rlhf_flows.engines",
+    "ControlDependencies": "rlhf_flows.graph",
+    "DeepSpeedModule": "rlhf_flows.modules",
+    "MegatronModule": "rlhf_flows.modules",
+    "init": "rlhf_flows.initialization",
     "Engine": "rlhf_flows.engine",
     "Environment": "rlhf_flows.engine",
     "EvalEngine": "rlhf_flows.engines",

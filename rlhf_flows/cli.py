@@ -70,7 +70,7 @@ def train(
 ) -> None:
     """Trains by a recipe. With the run_name of an earlier run, goes on with it."""
     prepare_environment(verbose=verbose)
-    from rlhf_flows.config import load_config
+    from rlhf_flows.config_loading import load_config
     from rlhf_flows.deployments import find_recipe
 
     chosen = find_recipe(recipe)

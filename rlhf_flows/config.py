@@ -1,23 +1,17 @@
 """What can be asked for: strict pydantic models, read alike from YAML, `key=value` and Python.
 
-The decision here: a recipe's configuration is one frozen model, a subclass of `EngineConfig`. An
-unknown key is refused with the nearest right one, and whatever can be checked without a cluster is
-checked here, before anything starts. No torch, no Ray, no Prefect.
+The decision here: a recipe's configuration is one frozen model, a subclass of `EngineConfig`, and
+whatever can be checked without a cluster is checked here, before anything starts. How it is read is
+the affair of config_loading.py. No torch, no Ray, no Prefect.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, Literal, Self, TypeVar, get_args
+from typing import Any, Literal, Self
 
-import yaml
-from pydantic import BaseModel, Field, PositiveInt, ValidationError, model_validator
+from pydantic import Field, PositiveInt, field_validator, model_validator
 
-from rlhf_flows.errors import ConfigError
 from rlhf_flows.settings import Settings
 
 __all__ = [
@@ -26,9 +20,9 @@ __all__ = [
     "EngineConfig",
     "ModelConfig",
     "RuntimeConfig",
+    "RuntimeEnvConfig",
     "StoreConfig",
     "default_threads",
-    "load_config",
 ]
 
 MAY_CHANGE = frozenset(
@@ -37,12 +31,22 @@ MAY_CHANGE = frozenset(
         "store",
         "cluster",
         "log_level",
+        "flows.evaluator",
+        "runtime_env",
         "models.*.num_replica",
         "models.*.ranks_per_replica",
         "models.*.num_threads",
         "models.*.num_cpu",
+        "models.*.cpu_per_process",
         "models.*.num_gpu",
+        "models.*.gpu_per_process",
         "models.*.memory_bytes",
+        "models.*.model_config_file",
+        "runtime.colocation",
+        "runtime.cpu_schedule_strategy",
+        "runtime.eval_episode_interval",
+        "runtime.eval_num_inference_per_prompt",
+        "runtime.enable_eval_before_training",
         "runtime.num_episode",
         "runtime.shard_timeout_s",
         "runtime.setup_timeout_s",
@@ -103,18 +107,70 @@ class ClusterConfig(Settings):
     )
 
 
+class RuntimeEnvConfig(Settings):
+    """What the workers' processes need beside what is installed (Ray's runtime environment)."""
+
+    pip: list[str] | str | None = Field(
+        default=None, description="Packages, or a requirements file, that workers install."
+    )
+    py_modules: list[str] = Field(
+        default_factory=list, description="Folders of Python packages that are sent to workers."
+    )
+    working_dir: str | None = Field(
+        default=None, description="A folder that is sent to workers, and that they run in."
+    )
+    excludes: list[str] = Field(
+        default_factory=list, description="Files of working_dir and py_modules that stay here."
+    )
+
+    def for_ray(self) -> dict[str, Any]:
+        """The fields that are set, by Ray's names."""
+        return {name: value for name, value in self.model_dump().items() if value}
+
+
+class BatchGenerationConfig(Settings):
+    """Which prompts are sampled together."""
+
+    ranking: bool = Field(
+        default=False,
+        description="Prompts of one length side by side: shards of about equal work. Which samples"
+        " are trained together stays the same.",
+    )
+
+
 class ModelConfig(Settings):
     """How one module is placed."""
 
-    num_replica: PositiveInt = Field(
-        default=1, description="Copies of the module that share the shards."
+    num_replica: PositiveInt | None = Field(
+        default=None,
+        description="Copies of the module that share the shards; by default as many as num_gpu or"
+        " num_cpu holds, 1 of a trained module.",
     )
-    ranks_per_replica: PositiveInt = Field(
-        default=1, description="Processes of one replica, in one torch process group."
+    ranks_per_replica: PositiveInt | None = Field(
+        default=None,
+        description="Processes of one replica, in one torch process group; by default what the"
+        " parallel sizes ask for, and of a trained module all that num_gpu holds.",
     )
-    num_gpu: float = Field(default=0, ge=0, description="GPUs of one rank.")
+    num_gpu: float = Field(default=0, ge=0, description="GPUs of the module, all its processes.")
+    gpu_per_process: float | None = Field(
+        default=None, gt=0, description="GPUs of one process, 1 by default; a share below 1."
+    )
     num_cpu: float = Field(
-        default=0, ge=0, description="CPUs reserved for one rank; 0 shares the machine's cores."
+        default=0,
+        ge=0,
+        description="CPUs reserved for the module, all its processes; 0 shares the machine's.",
+    )
+    cpu_per_process: float | None = Field(
+        default=None, gt=0, description="CPUs of one process, 1 by default where num_cpu is given."
+    )
+    tensor_model_parallel_size: PositiveInt = Field(
+        default=1, description="Processes that share each layer: a factor of ranks_per_replica."
+    )
+    pipeline_model_parallel_size: PositiveInt = Field(
+        default=1, description="Processes that share the layers: a factor of ranks_per_replica."
+    )
+    expert_model_parallel_size: PositiveInt = Field(
+        default=1, description="Processes that share the experts: a factor of ranks_per_replica."
     )
     memory_bytes: int = Field(
         default=0, ge=0, description="Memory reserved for one rank; 0 reserves none."
@@ -122,9 +178,33 @@ class ModelConfig(Settings):
     num_threads: PositiveInt | None = Field(
         default=None, description="CPU threads of one rank; by default what the module asks for."
     )
-    generation_batch_size: PositiveInt | None = Field(
-        default=None, description="Rows of one call, where smaller than a shard."
+    generation_batch_size: int | None = Field(
+        default=None,
+        description="Rows of one call, where smaller than a shard; 0 or -1: the shard in one.",
     )
+    sync_frequency: int | None = Field(
+        default=None,
+        ge=0,
+        description="Sync parameters into this module every N episodes; 0 never. By default"
+        " runtime.sync_frequency.",
+    )
+    trainable: bool | None = Field(
+        default=None,
+        description="Whether the trainer's flow trains it: known from the flow, checked if said.",
+    )
+    batch_generation: BatchGenerationConfig = Field(default_factory=BatchGenerationConfig)
+    model_config_file: str | None = Field(
+        default=None, description="A YAML file of arguments of the module's own, for args_dict."
+    )
+    args_dict: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Arguments of the module's own, which it reads as self.model_args.",
+    )
+
+    @field_validator("generation_batch_size")
+    @classmethod
+    def _of_the_shard(cls, value: int | None) -> int | None:
+        return value if value is None or value > 0 else None
 
 
 class RuntimeConfig(Settings):
@@ -141,6 +221,14 @@ class RuntimeConfig(Settings):
     )
     train_global_batch_size: PositiveInt | None = Field(
         default=None, description="Samples of one optimizer step; by default the whole episode."
+    )
+    train_micro_batch_size: PositiveInt | None = Field(
+        default=None,
+        description="Samples of one forward and backward pass; by default the module decides.",
+    )
+    train_micro_batch_tokens: PositiveInt | None = Field(
+        default=None,
+        description="Tokens of one forward and backward pass, in place of a number of samples.",
     )
     num_training_epoch: PositiveInt = Field(
         default=1, description="Passes over an episode's samples."
@@ -162,7 +250,42 @@ class RuntimeConfig(Settings):
         default=1, description="Completions of one prompt in an evaluation."
     )
     enable_eval_before_training: bool = Field(default=True, description="Evaluate version 0, too.")
+    data_path: str | list[str] | None = Field(
+        default=None,
+        description="The prompts, where set_dataset was not called: a file, or several that are"
+        " mixed by data_ratio.",
+    )
+    data_ratio: list[PositiveInt] | None = Field(
+        default=None,
+        description="Shares of several datasets in an episode, such as [2, 1]; equal by default.",
+    )
     data_shuffle: bool = Field(default=True, description="Shuffle the prompts anew each epoch.")
+    training_shuffle_mode: Literal["sample", "batch"] = Field(
+        default="sample",
+        description="What is shuffled for training, with data_shuffle: samples (whole groups), or"
+        " batches of neighbours.",
+    )
+    stream_data_loader_type: Literal["fixed", "dynamic"] = Field(
+        default="fixed",
+        description="Whether training takes the planned samples, or as many as the relay function"
+        " returns.",
+    )
+    max_relay_episode: int = Field(
+        default=0,
+        ge=-1,
+        description="Earlier episodes whose samples the relay function is shown; -1 all, 0 none.",
+    )
+    relay_episode_offset: int = Field(
+        default=0, ge=0, description="The first episode that the relay function is asked for."
+    )
+    colocation: list[list[str]] = Field(
+        default_factory=list,
+        description="Groups of modules that share their GPUs, each in one group at most.",
+    )
+    cpu_schedule_strategy: Literal["SPREAD", "PACK"] = Field(
+        default="PACK",
+        description="Whether processes without a GPU are spread over the nodes of a cluster.",
+    )
     seed: int = Field(
         default=0, ge=0, lt=2**31, description="Seed of everything random in the run."
     )
@@ -207,6 +330,58 @@ class RuntimeConfig(Settings):
         " they end or hang their worker again and again; one more stops the run.",
     )
 
+    @field_validator("colocation", mode="before")
+    @classmethod
+    def _groups(cls, value: Any) -> Any:
+        """A group is a list of names, or one text with commas, as ChatLearn writes it."""
+        if not isinstance(value, list):
+            return value
+        return [
+            [name.strip() for name in group.split(",")] if isinstance(group, str) else group
+            for group in value
+        ]
+
+    @model_validator(mode="after")
+    def _check_colocation(self) -> Self:
+        names = [name for group in self.colocation for name in group]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(
+                    f"runtime.colocation names {name!r} {names.count(name)} times: a module shares"
+                    " its GPUs with the modules of one group"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_micro_batches(self) -> Self:
+        micro, batch = self.train_micro_batch_size, self.samples_per_batch
+        if micro is not None and self.train_micro_batch_tokens is not None:
+            raise ValueError(
+                "runtime.train_micro_batch_size and runtime.train_micro_batch_tokens are both"
+                " given: a micro-batch is cut by one of them, so leave the other out"
+            )
+        if micro is not None and batch % micro:
+            raise ValueError(
+                f"the training batch of {batch} samples (runtime.train_global_batch_size) is not a"
+                f" multiple of runtime.train_micro_batch_size={micro}: take"
+                f" {max(d for d in range(1, min(micro, batch) + 1) if batch % d == 0)}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_relay(self) -> Self:
+        if self.relay_episode_offset and not self.max_relay_episode:
+            raise ValueError(
+                "runtime.relay_episode_offset is given, but no episode is relayed: set"
+                " runtime.max_relay_episode, to -1 for all"
+            )
+        if self.stream_data_loader_type == "dynamic" and not self.max_relay_episode:
+            raise ValueError(
+                "runtime.stream_data_loader_type is dynamic, but nothing changes the number of"
+                " samples: set runtime.max_relay_episode, and a relay function on the engine"
+            )
+        return self
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         group = self.num_inference_per_prompt
@@ -248,6 +423,7 @@ class EngineConfig(Settings):
         description="Name of the run; an existing one is resumed. None makes a new one.",
     )
     store: StoreConfig = Field(default_factory=StoreConfig)
+    runtime_env: RuntimeEnvConfig = Field(default_factory=RuntimeEnvConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
     models: dict[str, ModelConfig] = Field(
@@ -257,146 +433,6 @@ class EngineConfig(Settings):
 
     def for_model(self, name: str) -> ModelConfig:
         return self.models.get(name, ModelConfig())
-
-
-ConfigT = TypeVar("ConfigT", bound=BaseModel)
-
-
-def load_config(
-    model: type[ConfigT],
-    overrides: Sequence[str] = (),
-    *,
-    file: str | Path | None = None,
-    defaults: Mapping[str, Any] | None = None,
-) -> ConfigT:
-    """Builds a configuration from defaults, a YAML file and `key=value` words; later ones win.
-
-    Args:
-        overrides: Words such as `runtime.num_episode=3`; values are read as YAML.
-        file: A YAML file, a mapping of the same fields.
-        defaults: Values under both, in the same nested form.
-
-    Raises:
-        ConfigError: an unknown key (with the nearest right one), a wrong value, a wrong file.
-    """
-    data: dict[str, Any] = json.loads(json.dumps(defaults or {}))
-    if file is not None:
-        _merge(data, _read_yaml(Path(file)))
-    for word in overrides:
-        key, sep, text = word.partition("=")
-        if not sep or not key:
-            raise ConfigError(f"{word!r} is no setting: write it as key=value, as in seed=1")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as e:
-            raise ConfigError(f"the value of {key!r} is not readable: {text!r} ({e})") from e
-        _put(data, key.split("."), value, key)
-    _refuse_unknown(model, data, path=())
-    try:
-        return model.model_validate(data)
-    except ValidationError as e:
-        raise ConfigError(_explain(e)) from e
-
-
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as e:
-        raise ConfigError(f"the configuration file {path} cannot be read: {e.strerror}") from e
-    except (yaml.YAMLError, UnicodeDecodeError) as e:
-        raise ConfigError(f"the configuration file {path} is not readable as YAML: {e}") from e
-    if loaded is None:
-        return {}
-    if not isinstance(loaded, dict):
-        raise ConfigError(
-            f"the configuration file {path} holds a {type(loaded).__name__}, expected a mapping"
-            " of fields"
-        )
-    return loaded
-
-
-def _merge(into: dict[str, Any], other: Mapping[str, Any]) -> None:
-    for key, value in other.items():
-        if isinstance(value, Mapping) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
-
-
-def _put(data: dict[str, Any], path: Sequence[str], value: Any, key: str) -> None:
-    for part in path[:-1]:
-        data = data.setdefault(part, {})
-        if not isinstance(data, dict):
-            raise ConfigError(f"{key!r} asks for a field inside {part!r}, which is a value")
-    if isinstance(value, Mapping) and isinstance(data.get(path[-1]), dict):
-        _merge(data[path[-1]], value)
-    else:
-        data[path[-1]] = value
-
-
-def _refuse_unknown(model: type[BaseModel], data: Mapping[str, Any], path: tuple[str, ...]) -> None:
-    for key, value in data.items():
-        dotted = ".".join((*path, str(key)))
-        field = model.model_fields.get(str(key))
-        if field is None:
-            raise ConfigError(
-                f"unknown setting {dotted!r}{_nearest(dotted, _all_keys(model, path))}"
-            )
-        inner = _model_in(field.annotation)
-        if inner is None or not isinstance(value, Mapping):
-            continue
-        if _is_mapping(field.annotation):
-            for name, entry in value.items():
-                if isinstance(entry, Mapping):
-                    _refuse_unknown(inner, entry, (*path, str(key), str(name)))
-        else:
-            _refuse_unknown(inner, value, (*path, str(key)))
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    for part in (annotation, *get_args(annotation)):
-        if isinstance(part, type) and issubclass(part, BaseModel):
-            return part
-    return None
-
-
-def _is_mapping(annotation: Any) -> bool:
-    return getattr(annotation, "__origin__", None) is dict
-
-
-def _all_keys(model: type[BaseModel], path: tuple[str, ...]) -> Iterable[str]:
-    for name, field in model.model_fields.items():
-        yield ".".join((*path, name))
-        inner = _model_in(field.annotation)
-        if inner is not None and not _is_mapping(field.annotation):
-            yield from _all_keys(inner, (*path, name))
-
-
-def _nearest(key: str, known: Iterable[str]) -> str:
-    keys = list(known)
-    near = difflib.get_close_matches(key, keys, n=1, cutoff=0.6)
-    if not near:
-        leaf = key.rpartition(".")[2]
-        leaves = {k.rpartition(".")[2]: k for k in reversed(keys)}
-        near = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.75)]
-    if near:
-        return f": did you mean {near[0]!r}?"
-    return f": known here are {', '.join(sorted(k for k in keys if '.' not in k) or sorted(keys))}"
-
-
-def _explain(error: ValidationError) -> str:
-    parts = []
-    for e in error.errors(include_url=False):
-        where = ".".join(str(p) for p in e["loc"])
-        text = e["msg"].removeprefix("Value error, ")
-        if e["type"] == "missing":
-            parts.append(f"setting {where!r} is missing: give it as {where}=...")
-        elif e["type"] == "value_error" or not where:
-            parts.append(text)
-        else:
-            found = repr(e.get("input"))
-            parts.append(f"setting {where!r}: {text[0].lower() + text[1:]}, found {found[:80]}")
-    return "; ".join(parts)
 
 
 def default_threads() -> int:

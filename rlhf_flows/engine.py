@@ -18,15 +18,23 @@ from rlhf_flows.attempt import (
     Description,
     Environment,
     Evaluator,
+    Part,
     Trainer,
     check,
     check_store,
     run_as_flow,
 )
-from rlhf_flows.config import EngineConfig, load_config
-from rlhf_flows.errors import ConfigError
+from rlhf_flows.config import EngineConfig
+from rlhf_flows.config_loading import load_config, merge_settings
+from rlhf_flows.data import Batch
+from rlhf_flows.errors import ConfigError, RunCancelledError
 from rlhf_flows.flow import RunResult
+from rlhf_flows.graph import draw, trace
+from rlhf_flows.initialization import initial_config
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.reporting.inspection import release_pools
+from rlhf_flows.store import open_store
+from rlhf_flows.tasks.evaluation import evaluated_batches
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.runtime import SyncPair
 
@@ -49,8 +57,12 @@ class Engine:
         self.environment = environment
         self.trainer = trainer
         self.evaluator = evaluator
-        self.config = EngineConfig()
+        self.config = initial_config()
         self._syncs: list[SyncPair] = []
+        self._relay: Callable[[Any], Any] | None = None
+        self._last_run: str | None = None
+        self._running: list[Callable[[], None]] = []
+        """How to stop what runs, in whichever thread."""
 
     def set_environment(self, environment: Environment) -> Self:
         self.environment = environment
@@ -66,14 +78,34 @@ class Engine:
 
     def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
         """What the episodes start from: rows (a list), or a JSONL, JSON or Parquet file of them."""
-        part = self.environment or self.trainer
+        self._starting_part("set_dataset").set_dataset(dataset)
+        return self
+
+    def set_multiple_datasets(self, datasets: Sequence[Sequence[Any] | str | Path]) -> Self:
+        """Several of them, mixed in each episode by `runtime.data_ratio`."""
+        self._starting_part("set_multiple_datasets").set_multiple_datasets(datasets)
+        return self
+
+    def _starting_part(self, method: str) -> Part:
+        part = self.environment or self.trainer or self.evaluator
         if part is None:
             raise ConfigError(
-                "set_dataset was called on an engine with neither environment nor trainer: give it"
+                f"{method} was called on an engine with neither environment nor trainer: give it"
                 " one first"
             )
-        part.set_dataset(dataset)
+        return part
+
+    def set_relay_sample_manager(self, relay: Callable[[Any], Any]) -> Self:
+        """What training of an episode takes is what `relay` returns: see `rlhf_flows.relay`."""
+        if not callable(relay):
+            raise ConfigError(
+                f"set_relay_sample_manager was given a {type(relay).__name__}, expected a function"
+                " of the episodes' samples that returns a list of samples"
+            )
+        self._relay = relay
         return self
+
+    set_relay_sample_fn = set_relay_sample_manager
 
     def set_parameter_sync(self, source: BaseModule, target: BaseModule) -> Self:
         """`target` samples with the weights that `source` trains."""
@@ -94,8 +126,9 @@ class Engine:
         if isinstance(config, EngineConfig):
             self.config = config
         elif config is not None:
-            current = self.config.model_dump(mode="json")
-            self.config = load_config(type(self.config), defaults=_merged(current, config))
+            fields = self.config.model_dump(mode="json")
+            merge_settings(fields, config)
+            self.config = load_config(type(self.config), defaults=fields)
         return self
 
     # ---- running --------------------------------------------------------------------------
@@ -136,7 +169,87 @@ class Engine:
         """`learn` for callers with an event loop."""
         if settings:
             self.configure(settings)
-        return await run_as_flow(self._describe(takeover=takeover, progress=progress))
+        description = self._describe(takeover=takeover, progress=progress)
+        result = await self._stoppable(run_as_flow(description))
+        self._last_run = result.run
+        return result
+
+    async def _stoppable(self, work: Coroutine[Any, Any, T]) -> T:
+        """`work`, which `stop` may end from another thread."""
+        loop, task = asyncio.get_running_loop(), asyncio.ensure_future(work)
+        stopped = threading.Event()
+
+        def stop() -> None:
+            stopped.set()
+            loop.call_soon_threadsafe(task.cancel)
+
+        self._running.append(stop)
+        try:
+            return await task
+        except asyncio.CancelledError:
+            if not stopped.is_set():
+                raise
+            raise RunCancelledError(
+                "the run was stopped by engine.stop(): start it again by its run_name to resume"
+            ) from None
+        finally:
+            self._running.remove(stop)
+
+    # ---- evaluating and stopping ----------------------------------------------------------
+
+    def evaluate(self, *, takeover: bool = False, **settings: Any) -> dict[str, list[Batch]]:
+        """Evaluates the newest policy version of the run, or reads the evaluation that is there.
+
+        Trains nothing. An engine whose run has trained nothing evaluates its models as they are.
+
+        Returns:
+            `{module: [batches]}` of the modules whose outputs the evaluator's flow returns; a batch
+            holds what the flow returned of some samples, joined.
+
+        Raises:
+            As `learn`; ConfigError where the engine has no evaluator.
+        """
+        if settings:
+            self.configure(settings)
+        if self.evaluator is None:
+            raise ConfigError(
+                "evaluate was called on an engine without an evaluator: give it one with"
+                " set_evaluator(Evaluator(eval_flow).set_dataset(rows))"
+            )
+        if self.config.run_name is None and self._last_run is not None:
+            self.configure({"run_name": self._last_run})
+        description = self._describe(takeover=takeover, only_evaluates=True)
+        result = _in_own_loop(lambda: self._stoppable(run_as_flow(description)))
+        keys = result.evaluated[result.version]
+        store = open_store(self.config.store.url)
+        return evaluated_batches(trace(self.evaluator.flow), store, keys)
+
+    def stop(self) -> None:
+        """Stops what this engine runs, from another thread; ends the actors that its last run left.
+
+        A run that is stopped can be resumed. Does nothing where nothing runs and nothing is left.
+        """
+        for stop in list(self._running):
+            stop()
+        if self.config.cluster.address is not None and self.config.run_name is not None:
+            release_pools(self.config.cluster.address, self.config.run_name)
+
+    def graph(self) -> str:
+        """The flows as Mermaid text. Raises GraphError where one cannot be traced."""
+        return draw(
+            {
+                name: trace(part.flow)
+                for name, part in (
+                    ("environment", self.environment),
+                    ("trainer", self.trainer),
+                    ("evaluator", self.evaluator),
+                )
+                if part is not None
+            },
+            [(pair.source, pair.target) for pair in self._syncs],
+        )
+
+    # ---- checking -------------------------------------------------------------------------
 
     def check(self) -> Self:
         """Checks all that can be checked before anything starts. Raises UserError.
@@ -146,7 +259,13 @@ class Engine:
         check_store(check(self._describe()))
         return self
 
-    def _describe(self, *, takeover: bool = False, progress: Progress | None = None) -> Description:
+    def _describe(
+        self,
+        *,
+        takeover: bool = False,
+        progress: Progress | None = None,
+        only_evaluates: bool = False,
+    ) -> Description:
         if self.trainer is None and self.evaluator is None:
             raise ConfigError(
                 "the engine has neither trainer nor evaluator, so there is nothing to learn: give"
@@ -161,18 +280,9 @@ class Engine:
             syncs=tuple(self._syncs),
             takeover=takeover,
             progress=progress,
+            relay=self._relay,
+            only_evaluates=only_evaluates,
         )
-
-
-def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in over.items():
-        inner = merged.get(key)
-        if isinstance(value, Mapping) and isinstance(inner, Mapping):
-            merged[key] = _merged(inner, value)
-        else:
-            merged[key] = value
-    return merged
 
 
 def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -210,12 +210,6 @@ class EvalEngine(Engine):
             raise ConfigError("an EvalEngine without models has nothing to ask: give it one")
         super().__init__(None, None, _evaluator(*several), name=name)
 
-    def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
-        """What is evaluated: rows, or a file of them."""
-        assert self.evaluator is not None
-        self.evaluator.set_dataset(dataset)
-        return self
-
 
 def _evaluator(*models: BaseModule) -> Evaluator:
     def eval_flow(batch: Any) -> Any:

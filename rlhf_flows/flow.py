@@ -6,7 +6,8 @@ Version `v` is what training of episode `v - 1` committed. The edges (design, se
 - scoring of e: consumes rollout of e shard by shard;
 - training of e: training of e - 1, and scoring of e shard by shard;
 - sync to v: training of v - 1, and everybody who still asks the samplers for an older version;
-- evaluation of v: the sync to v.
+- evaluation of v: the sync to v;
+- training of e: where a phase asks a trained module itself, all that this phase asks of version e.
 
 With `max_staleness=0` these edges leave no choice: on-policy. With 1 the rollout of e + 1 has no
 edge from training of e, so they overlap. There is no second scheduler.
@@ -48,6 +49,8 @@ class RunResult:
     """What training measured, by episode."""
     evaluations: dict[int, dict[str, float]] = field(default_factory=dict)
     """Means over the held-out prompts, by policy version."""
+    evaluated: dict[int, list[str]] = field(default_factory=dict)
+    """Keys of the shards of each evaluation."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of this attempt, by phase."""
 
@@ -86,10 +89,11 @@ class _Phases:
     def __init__(self, runtime: Runtime) -> None:
         self.runtime = runtime
         # Without a trainer there is version 0 alone: what an evaluator looks at.
-        self.last = 0 if runtime.trainer is None else runtime.config.runtime.num_episode
+        self.last = 0 if runtime.trainer is None else runtime.num_episode
         self.first = min(runtime.state.trained_episodes, self.last)
         self.seconds: dict[str, float] = {}
         self.evaluations: dict[int, dict[str, float]] = {}
+        self.evaluated: dict[int, list[str]] = {}
         self._done: dict[tuple[str, int], asyncio.Task[None]] = {}
         self._group: asyncio.TaskGroup
 
@@ -148,6 +152,8 @@ class _Phases:
     async def _rollout(self, episode: int) -> None:
         version = self.runtime.sampling_version(episode)
         await self._after(("sync", version), ("rollout", episode - 1))
+        if self.runtime.trained_in("rollout"):
+            await self._after(("training", episode - 1))
         data = await self.runtime.episode(episode)
         try:
             self._count("rollout", await rollout(self.runtime, episode))
@@ -160,6 +166,8 @@ class _Phases:
         if not self.runtime.rollout_nodes:
             version = self.runtime.sampling_version(episode)
             await self._after(("sync", version))
+        if self.runtime.trained_in("scoring"):
+            await self._after(("training", episode - 1))
         data = await self.runtime.episode(episode)
         try:
             self._count("scoring", await scoring(self.runtime, episode))
@@ -169,6 +177,12 @@ class _Phases:
 
     async def _training(self, episode: int) -> None:
         await self._after(("training", episode - 1))
+        for phase in ("rollout", "scoring"):
+            # Whoever is asked for samples of a version must not leave it meanwhile.
+            if self.runtime.trained_in(phase):
+                await self._after((phase, episode))
+        if self.runtime.trained_in("evaluation"):
+            await self._after(*[("evaluation", v) for v in range(episode + 1)])
         if self.runtime.environment is not None:
             # Not an edge of the graph: a Prefect task run that only waits would count as running.
             data = await self.runtime.episode(episode)
@@ -221,6 +235,7 @@ class _Phases:
         await self._after(("sync", version), ("training", version - 1))
         report = await evaluation(self.runtime, version)
         self.evaluations[version] = report["metrics"]
+        self.evaluated[version] = report["shards"]
         self._count("evaluation", report)
 
     # ---- what is evaluated ----------------------------------------------------------------
@@ -232,6 +247,8 @@ class _Phases:
         settings = self.runtime.config.runtime
         if self.runtime.evaluator is None or not self.is_synced(version):
             return False
+        if self.runtime.only_evaluates:
+            return version == self.last
         if version == 0 and self.last > 0:
             return settings.enable_eval_before_training
         interval = settings.eval_episode_interval
@@ -276,6 +293,7 @@ class _Phases:
             resumed_at=self.first,
             episodes=episodes,
             evaluations=dict(sorted(self.evaluations.items())),
+            evaluated=dict(sorted(self.evaluated.items())),
             seconds=self.seconds,
         )
 

@@ -12,11 +12,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from typing import Any, NoReturn, Protocol
 
-from rlhf_flows.errors import GraphError
+from rlhf_flows.errors import GraphError, RlhfFlowsError
 
-__all__ = ["BATCH", "Graph", "Node", "SymbolicBatch", "TracedModule", "phases", "record", "trace"]
+__all__ = [
+    "BATCH",
+    "ControlDependencies",
+    "Graph",
+    "Node",
+    "SymbolicBatch",
+    "TracedModule",
+    "draw",
+    "phases",
+    "record",
+    "trace",
+]
 
 BATCH = -1
 """The id of the input batch: what the dataset gives, not a node."""
@@ -43,10 +55,18 @@ class Node:
     """Ids of the nodes whose outputs it takes, in order; later ones win where keys collide."""
     options: Mapping[str, Any] = field(default_factory=dict)
     """Keyword arguments of the call that are not batches."""
+    after: tuple[int, ...] = ()
+    """Ids of nodes that it waits for and takes nothing of."""
 
     @property
     def label(self) -> str:
         return f"{self.module}.{self.method}"
+
+    @property
+    def call(self) -> str:
+        """The call with its inputs, such as `reward.forward_step(0, 1)`; -1 is the batch."""
+        options = [f"{name}={value!r}" for name, value in sorted(self.options.items())]
+        return f"{self.label}({', '.join([*map(str, self.inputs), *options])})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +86,7 @@ class Graph:
             node = self.nodes[todo.pop()]
             if node.id not in seen:
                 seen.add(node.id)
-                todo += [i for i in node.inputs if i != BATCH]
+                todo += [i for i in (*node.inputs, *node.after) if i != BATCH]
         return frozenset(seen)
 
     def mermaid(self) -> str:
@@ -75,12 +95,45 @@ class Graph:
         lines += [f'  n{node.id}["{node.label}"]' for node in self.nodes]
         for node in self.nodes:
             lines += [f"  {_mermaid_id(i)} --> n{node.id}" for i in node.inputs]
+            lines += [f"  {_mermaid_id(i)} -.-> n{node.id}" for i in node.after]
         lines += [f"  {_mermaid_id(i)} --> out([returned])" for i in self.outputs]
         return "\n".join(lines)
 
 
 def _mermaid_id(node_id: int) -> str:
     return "batch" if node_id == BATCH else f"n{node_id}"
+
+
+def draw(graphs: Mapping[str, Graph], syncs: Sequence[tuple[str, str]] = ()) -> str:
+    """Several graphs as one Mermaid text, with the modules whose weights others follow.
+
+    Args:
+        graphs: By name; each becomes a box.
+        syncs: (trained module, module that takes its weights).
+    """
+    lines = ["flowchart LR"]
+    first_of: dict[str, str] = {}
+    for title, graph in graphs.items():
+        lines.append(f"  subgraph {title}")
+        ids = {BATCH: f"{title}_batch", **{n.id: f"{title}_n{n.id}" for n in graph.nodes}}
+        lines.append(f"    {ids[BATCH]}([batch])")
+        lines += [f'    {ids[n.id]}["{n.label}"]' for n in graph.nodes]
+        for node in graph.nodes:
+            first_of.setdefault(f"{title}/{node.module}", ids[node.id])
+            lines += [f"    {ids[i]} --> {ids[node.id]}" for i in node.inputs]
+            lines += [f"    {ids[i]} -.-> {ids[node.id]}" for i in node.after]
+        if graph.outputs:
+            lines.append(f"    {title}_out([returned])")
+            lines += [f"    {ids[i]} --> {title}_out" for i in graph.outputs]
+        lines.append("  end")
+    for source, target in syncs:
+        ends = [
+            next((first_of[f"{t}/{name}"] for t in titles if f"{t}/{name}" in first_of), None)
+            for name, titles in ((source, ("trainer",)), (target, ("environment", "evaluator")))
+        ]
+        if None not in ends:
+            lines.append(f"  {ends[0]} == weights ==> {ends[1]}")
+    return "\n".join(lines)
 
 
 class SymbolicBatch:
@@ -138,6 +191,44 @@ class _Tracer:
     def __init__(self) -> None:
         self.nodes: list[Node] = []
         self.modules: dict[str, TracedModule] = {}
+        self.waiting: list[tuple[SymbolicBatch, ...]] = []
+        """What calls wait for, of each `ControlDependencies` that is open."""
+
+
+class ControlDependencies:
+    """Within it, calls wait for those whose outputs it was given, and take nothing of them:
+
+    with ControlDependencies(value_out):
+        policy_trainer.train_step(batch)
+    """
+
+    def __init__(self, *outputs: Any) -> None:
+        self._outputs = tuple(_flattened(outputs))
+        for output in self._outputs:
+            if not isinstance(output, SymbolicBatch):
+                raise GraphError(
+                    f"ControlDependencies was given a {type(output).__name__}: give it what calls"
+                    " of modules returned in this flow"
+                )
+
+    def __enter__(self) -> None:
+        tracer = _tracing.get()
+        if tracer is None:
+            raise GraphError("ControlDependencies orders the calls of a flow: use it inside of one")
+        tracer.waiting.append(self._outputs)
+
+    def __exit__(self, *_: object) -> None:
+        tracer = _tracing.get()
+        if tracer is not None:
+            tracer.waiting.pop()
+
+
+def _flattened(values: Any) -> Iterator[Any]:
+    for value in values:
+        if isinstance(value, list | tuple):
+            yield from _flattened(value)
+        else:
+            yield value
 
 
 _tracing: ContextVar[_Tracer | None] = ContextVar("rlhf_flows_tracing", default=None)
@@ -154,7 +245,8 @@ def record(
     if not symbols:
         return None
     call = f"{module.name}.{method}"
-    for symbol in symbols:
+    waited = [symbol for outputs in tracer.waiting for symbol in outputs]
+    for symbol in (*symbols, *waited):
         if symbol._tracer is not tracer:
             raise GraphError(
                 f"{call} was called with a batch that another flow was traced with: a flow may use"
@@ -178,6 +270,7 @@ def record(
         method=method,
         inputs=tuple(s._node_id for s in symbols),
         options={k: v for k, v in kwargs.items() if not isinstance(v, SymbolicBatch)},
+        after=tuple(dict.fromkeys(s._node_id for s in waited if s._node_id != BATCH)),
     )
     tracer.nodes.append(node)
     return SymbolicBatch(tracer, node.id)
@@ -207,7 +300,17 @@ def trace(flow: Callable[[Any], Any]) -> Graph:
     name = getattr(flow, "__name__", type(flow).__name__)
     tracer = _Tracer()
     with _traced(tracer):
-        returned = flow(SymbolicBatch(tracer, BATCH))
+        try:
+            returned = flow(SymbolicBatch(tracer, BATCH))
+        except RlhfFlowsError:
+            raise
+        except AttributeError as e:
+            raise GraphError(f"the flow {name!r} {_missing_method(e)}") from e
+        except Exception as e:
+            raise GraphError(
+                f"the flow {name!r} failed while it was traced ({type(e).__name__}: {e}): it is"
+                " called once with a batch that has no data, and has only to call modules"
+            ) from e
     if not tracer.nodes:
         raise GraphError(
             f"the flow {name!r} called no module with its batch, so there is nothing to run: call"
@@ -215,6 +318,17 @@ def trace(flow: Callable[[Any], Any]) -> Graph:
         )
     outputs = tuple(s._node_id for s in _symbols(returned, name))
     return Graph(nodes=tuple(tracer.nodes), outputs=outputs, modules=dict(tracer.modules))
+
+
+def _missing_method(error: AttributeError) -> str:
+    owner: Any = error.obj
+    method = error.name
+    if getattr(type(owner), "generates", None) is None:  # not of a module
+        return f"failed while it was traced (AttributeError: {error}): it has only to call modules"
+    names = [n for n in dir(type(owner)) if not n.startswith("_")]
+    near = get_close_matches(method or "", names, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"define it in {type(owner).__name__}"
+    return f"calls {owner.name}.{method}, which {type(owner).__name__} does not have: {hint}"
 
 
 def _symbols(returned: Any, flow_name: str) -> Iterator[SymbolicBatch]:

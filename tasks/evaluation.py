@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from prefect import task
@@ -19,18 +19,20 @@ from prefect import task
 from rlhf_flows.data.arrow import from_parquet
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.data.quarantine import Blamed
-from rlhf_flows.errors import DataDamageError, ShardDamageError
+from rlhf_flows.errors import DataDamageError, ShardDamageError, UserError
+from rlhf_flows.graph import BATCH, Graph
 from rlhf_flows.pools import Source
 from rlhf_flows.pools.shards import metrics_of
-from rlhf_flows.store import EvaluationState, commit_json, read_json
+from rlhf_flows.store import EvaluationState, ObjectStore, commit_json, read_json
 from rlhf_flows.tasks.bisection import Failure
 from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
 from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
-__all__ = ["evaluation", "evaluation_digest"]
+__all__ = ["evaluated_batches", "evaluation", "evaluation_digest"]
 
 logger = logging.getLogger(__name__)
 
@@ -45,9 +47,14 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
     state = runtime.state.evaluations.get((version, digest))
     if state is not None and state.done:
         payload = await asyncio.to_thread(read_json, runtime.store, done_key)
-        return _finished(runtime, version, 0.0, payload["metrics"])
+        keys = [state.shards[i] for i in sorted(state.shards)]
+        return _finished(runtime, version, 0.0, payload["metrics"], keys)
+    await ensure_trained(runtime, "evaluation", version)
     found = _Evaluation(runtime, version, digest)
     metrics = await found.run(state or EvaluationState(shards={}, done=False))
+    keys = [found.keys[i] for i in sorted(found.keys)]
+    if runtime.post_process is not None:
+        metrics |= await asyncio.to_thread(_post_process, runtime, version, keys)
     seconds = time.perf_counter() - started
     payload = {
         "version": version,
@@ -57,7 +64,35 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
         "seconds": seconds,
     }
     commit = await asyncio.to_thread(commit_json, runtime.store, done_key, payload)
-    return _finished(runtime, version, seconds, commit.payload["metrics"])
+    return _finished(runtime, version, seconds, commit.payload["metrics"], keys)
+
+
+def evaluated_batches(graph: Graph, store: ObjectStore, keys: Sequence[str]) -> dict[str, Any]:
+    """`{module: [batches]}`: what an evaluation holds, for each module whose output it returns."""
+    batches = [from_parquet(store.get(key)) for key in keys]
+    outputs = [i for i in graph.outputs if i != BATCH] or [graph.nodes[-1].id]
+    return dict.fromkeys(dict.fromkeys(graph.nodes[i].module for i in outputs), batches)
+
+
+def _post_process(runtime: Runtime, version: int, keys: Sequence[str]) -> dict[str, float]:
+    assert runtime.evaluator is not None
+    assert runtime.post_process is not None
+    results = evaluated_batches(runtime.evaluator, runtime.store, keys)
+    about = {
+        "run": runtime.run,
+        "policy_version": version,
+        "episode_iteration": version,
+        "train_iteration": version,
+    }
+    try:
+        found = runtime.post_process(results, about)
+    except Exception as e:
+        raise UserError(
+            f"post_process of the evaluator failed on version {version} ({type(e).__name__}: {e})"
+        ) from e
+    if not isinstance(found, Mapping):
+        return {}
+    return {str(k): float(v) for k, v in found.items() if isinstance(v, int | float)}
 
 
 class _Evaluation:
@@ -69,6 +104,8 @@ class _Evaluation:
         self.plan = _plan(runtime)
         self.blamed: dict[str, Blamed] = {}
         """By sample id."""
+        self.keys: dict[int, str] = {}
+        """Of the shards that are there, by index."""
         self._runtime = runtime
         self._version, self._digest = version, digest
         self._phase = PhaseGraph.of("evaluation", graph, frozenset(n.id for n in graph.nodes))
@@ -87,6 +124,7 @@ class _Evaluation:
                 generations[index] = (await runtime.bury(damage)).generation + 1
             else:
                 del generations[index]
+                self.keys[index] = key
         self._done = len(found)
         async with together() as group:
             made = [group.create_task(self._make(i, g)) for i, g in generations.items()]
@@ -120,7 +158,10 @@ class _Evaluation:
                 index=index,
                 episode=version,
                 key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
-                versions={pair.target: version for pair in runtime.syncs},
+                versions={
+                    **{pair.target: version for pair in runtime.syncs},
+                    **dict.fromkeys(runtime.trained_in("evaluation"), version),
+                },
                 groups=tuple((name,) for name in columns["sample_id"]),
                 source=Source(dataset="eval", columns=columns),
             )
@@ -133,6 +174,8 @@ class _Evaluation:
                 generation = (await runtime.bury(damage)).generation + 1
             else:
                 self._done += 1
+                if report.key:
+                    self.keys[index] = report.key
                 runtime.progress.advanced("evaluation", version, self._done)
                 return metrics
 
@@ -155,10 +198,10 @@ class _Evaluation:
 
 
 def _finished(
-    runtime: Runtime, version: int, seconds: float, metrics: dict[str, float]
+    runtime: Runtime, version: int, seconds: float, metrics: dict[str, float], keys: Sequence[str]
 ) -> dict[str, Any]:
     runtime.progress.finished("evaluation", version, seconds, metrics)
-    return {"version": version, "seconds": seconds, "metrics": metrics}
+    return {"version": version, "seconds": seconds, "metrics": metrics, "shards": list(keys)}
 
 
 def evaluation_digest(runtime: Runtime) -> str:
@@ -169,7 +212,7 @@ def evaluation_digest(runtime: Runtime) -> str:
     settings = runtime.config.runtime
     what = {
         "dataset": dataset.digest,
-        "calls": [n.label for n in graph.nodes],
+        "calls": [n.call for n in graph.nodes],
         "samples": settings.eval_num_inference_per_prompt,
         "seed": settings.seed,
     }

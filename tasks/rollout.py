@@ -11,6 +11,7 @@ from rlhf_flows.tasks.dispatch import mean_metrics
 from rlhf_flows.tasks.repair import make_sound
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
 __all__ = ["rollout"]
@@ -22,6 +23,7 @@ async def rollout(runtime: Runtime, episode: int) -> dict[str, Any]:
     started = time.perf_counter()
     await runtime.begin("rollout", episode)
     data = await runtime.episode(episode)
+    await ensure_trained(runtime, "rollout", episode)
     missing = data.rollout.missing
     runtime.progress.started("rollout", episode, len(data.plan.shards))
     runtime.progress.advanced("rollout", episode, data.rollout.num_arrived)

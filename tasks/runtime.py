@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -17,7 +17,14 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
-from rlhf_flows.errors import DataError, PoolError, ShardDamageError, StoreDamageError, SyncError
+from rlhf_flows.errors import (
+    DataError,
+    NotBegunError,
+    PoolError,
+    ShardDamageError,
+    StoreDamageError,
+    SyncError,
+)
 from rlhf_flows.graph import Graph
 from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
 from rlhf_flows.store import (
@@ -34,13 +41,17 @@ from rlhf_flows.store import (
 )
 from rlhf_flows.tasks.progress import NoProgress, Progress
 
-__all__ = ["DatasetInfo", "EpisodeData", "Runtime", "SyncPair"]
+__all__ = ["DatasetInfo", "EpisodeData", "PostProcess", "Runtime", "SyncPair"]
 
 
 logger = logging.getLogger(__name__)
 
 _MOST_GENERATIONS = 5
 """Of one shard: a store that damages the next one, too, is not written to again and again."""
+
+
+PostProcess = Callable[[dict[str, list[Any]], dict[str, Any]], Any]
+"""Given `{module: [batches]}` of an evaluation and information on it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +65,13 @@ class SyncPair:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DatasetInfo:
     num_rows: int
+    """Items of the dataset that the modules built."""
     digest: str
+    """Of the rows that they were given."""
+    parts: tuple[int, ...] = ()
+    """Items of each of several datasets, which stand one after another."""
+    lengths: tuple[int, ...] = ()
+    """Of each row's prompt, where shards are to hold prompts of one length."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -96,7 +113,14 @@ class Runtime:
         dataset: DatasetInfo | None,
         eval_dataset: DatasetInfo | None,
         progress: Progress | None = None,
+        post_process: PostProcess | None = None,
+        only_evaluates: bool = False,
     ) -> None:
+        """
+        Args:
+            post_process: Looks at what an evaluation found; its numbers join the metrics.
+            only_evaluates: Nothing is trained but what is.
+        """
         self.config = config
         self.run = run
         self.attempt = attempt
@@ -113,6 +137,9 @@ class Runtime:
         self.dataset = dataset
         self.eval_dataset = eval_dataset
         self.progress: Progress = progress or NoProgress()
+        self.post_process = post_process
+        self.only_evaluates = only_evaluates
+        self.num_episode = state.trained_episodes if only_evaluates else config.runtime.num_episode
         self.commits: dict[int, dict[str, Any]] = {}
         """Payload of `trained.json`, by the policy version it made."""
         self.gone: set[str] = set(state.deleted)
@@ -145,7 +172,7 @@ class Runtime:
 
     async def prepare(self, number: int) -> None:
         """Makes the plan of an episode ahead of its time, if there is such an episode."""
-        if number < self.config.runtime.num_episode:
+        if number < self.num_episode:
             await self.episode(number)
 
     async def begin(self, phase: ShardPhase | Literal["evaluation"], number: int) -> None:
@@ -255,6 +282,9 @@ class Runtime:
             groups_per_shard=max(1, runtime.samples_per_shard // group),
             shuffle=runtime.data_shuffle,
             versions={pair.target: version for pair in self.syncs},
+            parts=dataset.parts,
+            ratio=runtime.data_ratio or (),
+            lengths=dataset.lengths,
         )
 
     def _blamed(self, number: int) -> list[Blamed]:
@@ -362,6 +392,18 @@ class Runtime:
                 f" {module!r}: it was written by another configuration"
             ) from e
 
+    def trained_in(self, phase: ShardPhase | Literal["evaluation"]) -> frozenset[str]:
+        """The trained modules that a phase asks themselves, not one that follows them."""
+        if self.trainer is None:
+            return frozenset()
+        if phase == "evaluation":
+            asked = set() if self.evaluator is None else set(self.evaluator.modules)
+        else:
+            nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
+            graph = self.environment
+            asked = {n.module for n in graph.nodes if n.id in nodes} if graph is not None else set()
+        return frozenset(asked & self.trainer.modules.keys())
+
     def followed_in(self, phase: ShardPhase) -> list[str]:
         """The modules that take part in a phase of the environment with a trainer's weights."""
         nodes = self.rollout_nodes if phase == "rollout" else self.scoring_nodes
@@ -382,6 +424,8 @@ class Runtime:
     async def weights_of(self, module: str, version: int) -> WeightsSource | None:
         """The weights as Ray objects, if the trainer holds that version and is at rest."""
         key = (module, version)
+        if module not in self.pools:
+            return None
         if key not in self._sending:
             (replica,) = self.pools[module].replicas
             state, busy = replica.state, bool(replica.working_on)
@@ -407,10 +451,14 @@ class Runtime:
         A failed load leaves an engine in no known state: the replica is then replaced, and loads
         from the store.
         """
-        module = self.source_of(pool.name)
+        is_trained = self.trainer is not None and pool.name in self.trainer.modules
+        module = pool.name if is_trained else self.source_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
+            return
+        if is_trained:
+            await self._restore_trained(pool, replica, version)
             return
         timeout_s = self.config.runtime.sync_timeout_s
         for is_last in (False, True):
@@ -433,6 +481,23 @@ class Runtime:
                 await pool.rebuild(replica)
             else:
                 return
+
+    async def _restore_trained(self, pool: Pool, replica: Replica, version: int) -> None:
+        record = await self.checkpoint_of(pool.name, version)
+        if record.state is None:
+            raise NotBegunError(
+                f"{pool.name!r} is asked for version {version}, which was committed without its"
+                " training state: the phase begins again, and trains it back to there first"
+            )
+        replica.state = await pool.on_replica(
+            replica,
+            "restore",
+            self.attempt,
+            record,
+            version,
+            what=f"restoring version {version}",
+            timeout_s=self.config.runtime.setup_timeout_s,
+        )
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

@@ -12,6 +12,7 @@ from rlhf_flows.tasks.dispatch import mean_metrics
 from rlhf_flows.tasks.repair import make_sound
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
 __all__ = ["scoring"]
@@ -23,6 +24,7 @@ async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
     started: float | None = None
     await runtime.begin("scoring", episode)
     data = await runtime.episode(episode)
+    await ensure_trained(runtime, "scoring", episode)
     missing = set(data.scored.missing)
     runtime.progress.started("scoring", episode, len(data.plan.shards))
     runtime.progress.advanced("scoring", episode, data.scored.num_arrived)

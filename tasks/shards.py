@@ -39,7 +39,7 @@ def _job(runtime: Runtime, data: EpisodeData, phase: ShardPhase, index: int) -> 
         index=index,
         episode=plan.episode,
         key=runtime.layout.shard(phase, plan.episode, index, generation),
-        versions=plan.versions,
+        versions={**plan.versions, **dict.fromkeys(runtime.trained_in(phase), plan.episode)},
         groups=plan.groups(index),
         source=None if from_rollout else Source(dataset="train", columns=plan.samples(index)),
         base=data.rollout[index] if from_rollout else None,

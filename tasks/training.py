@@ -15,7 +15,7 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 from prefect import task
 
@@ -37,13 +37,13 @@ from rlhf_flows.pools import (
     TrainCall,
     TrainRows,
 )
-from rlhf_flows.store import commit_json
+from rlhf_flows.store import ShardPhase, commit_json
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 from rlhf_flows.together import together
 
-__all__ = ["training"]
+__all__ = ["ensure_trained", "training"]
 
 logger = logging.getLogger(__name__)
 
@@ -92,6 +92,7 @@ async def _train_episode(
             samples_per_batch=settings.samples_per_batch,
             epoch=epoch,
             shuffle=settings.data_shuffle,
+            whole_batches=settings.training_shuffle_mode == "batch",
         )
     ]
     given: dict[str, dict[int, frozenset[str]]] = {node.module: {} for node in nodes}
@@ -99,16 +100,18 @@ async def _train_episode(
     if report:
         runtime.progress.started("training", data.plan.episode, len(batches))
     for index in range(len(batches)):
+        steps: dict[int, asyncio.Task[Mapping[str, float]]] = {}
+
+        async def step(node: Node, index: int = index, steps: Any = steps) -> Mapping[str, float]:
+            for other in node.after:
+                await steps[other]
+            held = given[node.module]
+            return await _step(runtime, data, node, batches=batches, index=index, given=held)
+
         async with together() as group:
-            steps = [
-                group.create_task(
-                    _step(
-                        runtime, data, node, batches=batches, index=index, given=given[node.module]
-                    )
-                )
-                for node in nodes
-            ]
-        measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
+            for node in nodes:
+                steps[node.id] = group.create_task(step(node))
+        measured.append(_merge_metrics(nodes, [steps[node.id].result() for node in nodes]))
         if report:
             runtime.progress.advanced("training", data.plan.episode, index + 1)
     for node in nodes:
@@ -236,6 +239,17 @@ def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
 
 
 # ---- back to the last commit ------------------------------------------------------------------
+
+
+async def ensure_trained(
+    runtime: Runtime, phase: ShardPhase | Literal["evaluation"], version: int
+) -> None:
+    """Brings the trained modules that a phase asks themselves cleanly to `version`."""
+    asked = runtime.trained_in(phase)
+    async with together() as group:
+        for node in _trained_nodes(runtime) if asked else ():
+            if node.module in asked:
+                group.create_task(_ensure_version(runtime, node, version))
 
 
 async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:

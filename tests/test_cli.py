@@ -149,7 +149,7 @@ def test_a_run_name_of_another_configuration_is_refused_with_the_difference(
     place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from rlhf_flows.attempt import check, claim_run
-    from rlhf_flows.config import load_config
+    from rlhf_flows.config_loading import load_config
     from rlhf_flows.deployments import grpo
 
     words = ["model=model", "prompts=prompts.jsonl", "reward=rewards_of_test:good",

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_flows.config import MAY_CHANGE, EngineConfig, load_config
+from rlhf_flows.config import MAY_CHANGE, EngineConfig
+from rlhf_flows.config_loading import load_config
 from rlhf_flows.deployments.grpo import GRPOConfig
 from rlhf_flows.deployments.quickstart import QuickstartConfig
 from rlhf_flows.deployments.sft import SFTConfig
@@ -106,7 +107,7 @@ def test_a_wrong_file_is_named(tmp_path: Path, text: str | None, says: str) -> N
 
 def test_every_field_has_a_description() -> None:
     for model in (EngineConfig, GRPOConfig, SFTConfig, QuickstartConfig):
-        nested = {"store", "cluster", "runtime", "grpo", "sft", "optimizer"}
+        nested = {"store", "cluster", "runtime", "runtime_env", "grpo", "sft", "optimizer"}
         for name, field in model.model_fields.items():
             assert field.description or name in nested, f"{model.__name__}.{name}"
 
@@ -114,6 +115,8 @@ def test_every_field_has_a_description() -> None:
 def test_fields_that_may_change_exist() -> None:
     for name in MAY_CHANGE:
         first, _, rest = name.partition(".")
+        if first == "flows":  # not of the configuration: the calls of each flow
+            continue
         assert first in EngineConfig.model_fields
         if rest and "*" not in rest:
             nested = EngineConfig.model_fields[first].annotation

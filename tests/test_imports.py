@@ -22,7 +22,9 @@ PACKAGE = ROOT / "rlhf_flows"
 
 FLOORS = {
     "errors": 0,
+    "chatlearn_options": 0,
     "config": 0,
+    "config_loading": 0,
     "settings": 0,
     "generation": 0,
     "together": 0,
@@ -39,6 +41,7 @@ FLOORS = {
     "engine": 8,
     "engines": 8,
     "exports": 8,
+    "initialization": 8,
     "flow": 8,
     "reporting": 8,
     "services": 8,

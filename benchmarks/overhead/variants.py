@@ -127,8 +127,10 @@ async def _phases(name: str, episodes: int, folder: str) -> dict[str, float]:
 
     if name == "ray":
         cluster = await connect_cluster(checked)
-        opened = open_pools(checked, store, "overhead", attempt.number, cluster, keeps=_none)
-        async with opened as pools:
+        opened = open_pools(
+            checked, store, "overhead", attempt.number, cluster, resumes=False, keeps=_none
+        )
+        async with opened as (pools, _):
             await run(pools)
         return {}
     local = {

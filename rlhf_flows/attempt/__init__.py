@@ -9,7 +9,14 @@ actor starts.
 
 from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import check_store, claim_run, new_run_name, open_probed_store
-from rlhf_flows.attempt.description import Checked, Description, Environment, Evaluator, Trainer
+from rlhf_flows.attempt.description import (
+    Checked,
+    Description,
+    Environment,
+    Evaluator,
+    Part,
+    Trainer,
+)
 from rlhf_flows.attempt.running import run_as_flow
 from rlhf_flows.attempt.stopping import without_abort
 
@@ -18,6 +25,7 @@ __all__ = [
     "Description",
     "Environment",
     "Evaluator",
+    "Part",
     "Trainer",
     "check",
     "check_store",

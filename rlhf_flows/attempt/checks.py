@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_flows.attempt.description import Checked, Dataset, Description
+from rlhf_flows.attempt.description import Checked, Dataset, Description, Part
 from rlhf_flows.attempt.placement import check_fits_here
+from rlhf_flows.attempt.shares import shares_of
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError
@@ -34,22 +36,42 @@ def check(description: Description) -> Checked:
     _check_names(description.config, modules)
     _check_syncs(description.syncs, modules, trainer)
     if trainer is not None:
-        _check_trainer(trainer, description.config)
+        _check_trainer(trainer)
+        _check_methods(trainer, modules, trains=True)
+    for graph in (environment, evaluator):
+        if graph is not None:
+            _check_methods(graph, modules, trains=False)
+    trained = frozenset() if trainer is None else {n.module for n in trainer.nodes}
+    if environment is not None and description.config.runtime.max_staleness:
+        for name in sorted(trained & environment.modules.keys()):
+            raise ConfigError(
+                f"{name!r} is trained and asked in the environment's flow, so it cannot lag behind"
+                f" itself: with runtime.max_staleness={description.config.runtime.max_staleness}"
+                " use a second module that follows it (set_parameter_sync), or set it to 0"
+            )
+    shares = shares_of(description.config, modules, trained=trained)
     if description.config.cluster.address is None:
-        check_fits_here(description.config, modules)
+        check_fits_here(description.config, shares)
     for module in modules.values():
         module.validate()
     dataset = eval_dataset = None
-    if description.environment is not None and environment is not None and trainer is not None:
+    only_evaluates = description.only_evaluates
+    if only_evaluates:
+        pass
+    elif description.environment is not None and environment is not None and trainer is not None:
         first = [n for n in environment.nodes if n.id in (rollout or scoring) and BATCH in n.inputs]
         owners: tuple[str, ...] = (first[0].module,)  # the others take the rows from its shards
-        dataset = _dataset(description.environment.dataset, owners, modules, is_eval=False)
+        dataset = _dataset(
+            description.environment, description.config, owners, modules, is_eval=False
+        )
     elif description.trainer is not None and trainer is not None:
         owners = tuple(n.module for n in trainer.nodes)
-        dataset = _dataset(description.trainer.dataset, owners, modules, is_eval=False)
+        dataset = _dataset(description.trainer, description.config, owners, modules, is_eval=False)
     if description.evaluator is not None and evaluator is not None:
         owners = (evaluator.nodes[0].module,)
-        eval_dataset = _dataset(description.evaluator.dataset, owners, modules, is_eval=True)
+        eval_dataset = _dataset(
+            description.evaluator, description.config, owners, modules, is_eval=True
+        )
     return Checked(
         description=description,
         environment=environment,
@@ -59,6 +81,10 @@ def check(description: Description) -> Checked:
         scoring=scoring,
         syncs=description.syncs,
         modules=modules,
+        shares=shares,
+        opened=frozenset(
+            evaluator.modules if only_evaluates and evaluator is not None else modules
+        ),
         dataset=dataset,
         eval_dataset=eval_dataset,
     )
@@ -107,24 +133,23 @@ def _check_syncs(
                 f"set_parameter_sync takes weights from {pair.source!r}, which the trainer's flow"
                 f" does not train: it trains {', '.join(sorted(trained)) or 'nothing'}"
             )
+        if pair.target in trained:
+            raise ConfigError(
+                f"set_parameter_sync gives {pair.target!r} the weights of {pair.source!r}, but the"
+                " trainer's flow trains it itself: a module is trained, or follows another"
+            )
     targets = [pair.target for pair in syncs]
     for name in targets:
         if targets.count(name) > 1:
             raise ConfigError(f"{name!r} follows two trainers: a module takes weights of one")
 
 
-def _check_trainer(graph: Graph, config: EngineConfig) -> None:
+def _check_trainer(graph: Graph) -> None:
     for node in graph.nodes:
         if node.inputs != (BATCH,):
             raise ConfigError(
                 f"{node.label} of the trainer's flow takes another call's output: a trainer flow"
                 " calls each module with the batch itself"
-            )
-        if config.for_model(node.module).num_replica > 1:
-            raise ConfigError(
-                f"models.{node.module}.num_replica is"
-                f" {config.for_model(node.module).num_replica}, but it is trained: a trained"
-                " module has one replica, with data-parallel ranks inside (ranks_per_replica)"
             )
     names = [n.module for n in graph.nodes]
     for name in names:
@@ -133,15 +158,121 @@ def _check_trainer(graph: Graph, config: EngineConfig) -> None:
 
 
 def _dataset(
-    source: Any, owners: tuple[str, ...], modules: Mapping[str, BaseModule], *, is_eval: bool
+    part: Part,
+    config: EngineConfig,
+    owners: tuple[str, ...],
+    modules: Mapping[str, BaseModule],
+    *,
+    is_eval: bool,
 ) -> Dataset:
     kind = "evaluator's" if is_eval else "engine's"
-    if source is None:
+    sources, is_mixed = part.datasets, part.is_mixed
+    if not sources and not is_eval and config.runtime.data_path is not None:
+        path = config.runtime.data_path
+        sources, is_mixed = ([path], False) if isinstance(path, str) else (list(path), True)
+    if not sources:
         raise ConfigError(f"the {kind} dataset is missing: give it one with set_dataset(rows)")
-    rows = load_rows(source) if isinstance(source, str | Path) else list(source)
-    if not rows:
-        raise DataError(f"the {kind} dataset is empty: give it at least one row")
+    parts = [load_rows(s) if isinstance(s, str | Path) else _listed(s, kind) for s in sources]
+    for number, part_rows in enumerate(parts):
+        if not part_rows:
+            which = (
+                f"dataset {number} of the {kind} datasets" if is_mixed else f"the {kind} dataset"
+            )
+            raise DataError(f"{which} is empty: give it at least one row")
+    ratio = config.runtime.data_ratio
+    if ratio is not None and not is_eval and len(ratio) != len(parts):
+        raise ConfigError(
+            f"runtime.data_ratio has {len(ratio)} numbers, but there"
+            f" {'are' if len(parts) > 1 else 'is'} {len(parts)}"
+            f" dataset{'s' if len(parts) > 1 else ''}: give one number for each"
+        )
+    rows = [row for part_rows in parts for row in part_rows]
     for owner in owners:
+        _check_builds(modules[owner])
         modules[owner].validate_rows(rows, is_eval=is_eval)
-    info = DatasetInfo(num_rows=len(rows), digest=rows_digest(rows))
+    is_ranked = any(config.for_model(name).batch_generation.ranking for name in modules)
+    sizes = tuple(len(part_rows) for part_rows in parts) if is_mixed else ()
+    info = DatasetInfo(
+        num_rows=len(rows),
+        digest=rows_digest(rows, parts=sizes),
+        parts=sizes,
+        lengths=tuple(map(_length, rows)) if is_ranked and not is_eval else (),
+    )
     return Dataset(rows=rows, info=info, owners=owners)
+
+
+def _listed(source: Any, kind: str) -> list[Any]:
+    try:
+        return list(source)
+    except TypeError as e:
+        raise ConfigError(
+            f"the {kind} dataset is a {type(source).__name__}: give set_dataset a list of rows, or"
+            " the name of a JSONL, JSON or Parquet file"
+        ) from e
+
+
+def _length(row: Any) -> int:
+    """About how long a prompt is: what shards are ranked by."""
+    prompt = row.get("prompt", row) if isinstance(row, Mapping) else row
+    return len(prompt) if hasattr(prompt, "__len__") else 1
+
+
+# ---- methods that modules must have ---------------------------------------------------------
+
+
+def _check_methods(graph: Graph, modules: Mapping[str, BaseModule], *, trains: bool) -> None:
+    """What is called exists and takes what it will be given."""
+    for node in graph.nodes:
+        module = modules[node.module]
+        kind = type(module)
+        if not trains and _is_left_out(kind, node.method):
+            raise ConfigError(
+                f"the flow calls {node.label}, but {kind.__name__} defines no"
+                f" {_WRITTEN[node.method]}: write one that takes a batch (a dict of columns) and"
+                " returns one with a value for each of its rows"
+            )
+        if trains and _is_left_out(kind, node.method):
+            raise ConfigError(
+                f"the trainer's flow calls {node.label}, but {kind.__name__} defines no"
+                f" {_WRITTEN[node.method]}: write one that takes a list of micro-batches and the"
+                " iteration, and steps the optimizer"
+            )
+        method = getattr(module, node.method)
+        given: tuple[Any, ...] = ([], 0) if trains else ({},)
+        try:
+            inspect.signature(method).bind(*given, **node.options)
+        except TypeError as e:
+            wanted = "(self, data, iteration)" if trains else "(self, data, iteration=0)"
+            raise ConfigError(
+                f"{kind.__name__}.{node.method} of module {node.module!r} cannot be called as the"
+                f" flow does ({e}): define it as {node.method}{wanted}"
+            ) from e
+        except ValueError:  # a callable that does not say what it takes
+            continue
+
+
+_WRITTEN = {
+    "forward_step": "forward_step(data, iteration)",
+    "eval_step": "eval_step(data), nor a forward_step that it would call",
+    "train_step": "train_step(data, iteration)",
+}
+
+
+def _is_left_out(kind: type[BaseModule], method: str) -> bool:
+    """Whether a method is still the one of the base class, which only says that it is missing."""
+    if method not in _WRITTEN or getattr(kind, method) is not getattr(BaseModule, method):
+        return False
+    return method != "eval_step" or kind.forward_step is BaseModule.forward_step
+
+
+def _check_builds(module: BaseModule) -> None:
+    kind = type(module)
+    if (
+        kind.build_dataset is BaseModule.build_dataset
+        and kind.build_all_dataset is BaseModule.build_all_dataset
+    ):
+        raise ConfigError(
+            f"module {module.name!r} comes first in its flow, but {kind.__name__} defines no"
+            " build_dataset(prompts, is_eval): write one that returns a torch Dataset of the rows"
+            " that set_dataset was given"
+        )

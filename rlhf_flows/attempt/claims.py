@@ -81,7 +81,7 @@ def _identity(checked: Checked) -> dict[str, Any]:
             name: checked.config.for_model(name).model_dump(mode="json") for name in checked.modules
         },
         "flows": {
-            part: [n.label for n in graph.nodes]
+            part: [n.call for n in graph.nodes]
             for part, graph in (
                 ("environment", checked.environment),
                 ("trainer", checked.trainer),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+from rlhf_flows.attempt.shares import Share
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import Graph
@@ -13,12 +14,21 @@ from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.runtime import DatasetInfo, SyncPair
 
-__all__ = ["Checked", "Dataset", "Description", "Environment", "Evaluator", "Flow", "Trainer"]
+__all__ = [
+    "Checked",
+    "Dataset",
+    "Description",
+    "Environment",
+    "Evaluator",
+    "Flow",
+    "Part",
+    "Trainer",
+]
 
 Flow = Callable[[Any], Any]
 
 
-class _Part:
+class Part:
     """A flow function, and the dataset that it starts from."""
 
     def __init__(self, flow: Flow) -> None:
@@ -28,24 +38,47 @@ class _Part:
                 " a function of one batch that calls modules"
             )
         self.flow = flow
-        self.dataset: Any = None
+        self.datasets: list[Any] = []
+        self.is_mixed = False
+        """Whether it starts from several datasets, each with passes of its own."""
 
     def set_dataset(self, dataset: Any) -> Self:
         """Rows (a list), or a JSONL, JSON or Parquet file of them."""
-        self.dataset = dataset
+        self.datasets, self.is_mixed = [dataset], False
+        return self
+
+    def set_multiple_datasets(self, datasets: Sequence[Any]) -> Self:
+        """Several of them, mixed by `runtime.data_ratio`."""
+        if isinstance(datasets, str) or not isinstance(datasets, Sequence) or not datasets:
+            raise ConfigError(
+                f"set_multiple_datasets was given {datasets!r:.60}, expected a list of datasets,"
+                " each a list of rows or a file"
+            )
+        self.datasets, self.is_mixed = list(datasets), True
         return self
 
 
-class Environment(_Part):
+class Environment(Part):
     """Turns prompts into samples: rollout and scoring."""
 
 
-class Trainer(_Part):
+class Trainer(Part):
     """Trains on samples: each module call is one optimizer step on a global batch."""
 
 
-class Evaluator(_Part):
-    """Evaluates a policy version on a dataset of its own."""
+class Evaluator(Part):
+    """Evaluates a policy version on a dataset of its own.
+
+    What it finds may be looked at by `post_process`, of a subclass or set as a function: it is
+    given `{module: [batches]}` of the modules whose outputs the flow returns, and information on
+    the evaluation (`policy_version`, `run`); what it returns, numbers by name, joins the metrics.
+    """
+
+    post_process: Callable[[dict[str, list[Any]], dict[str, Any]], Any] | None = None
+
+    def set_post_process_func(self, function: Callable[..., Any]) -> Self:
+        self.post_process = function
+        return self
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +93,9 @@ class Description:
     syncs: tuple[SyncPair, ...]
     takeover: bool
     progress: Progress | None
+    relay: Callable[[Any], Any] | None = None
+    """Makes an episode's training samples of several episodes' samples."""
+    only_evaluates: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,6 +119,10 @@ class Checked:
     scoring: frozenset[int]
     syncs: tuple[SyncPair, ...]
     modules: Mapping[str, BaseModule]
+    shares: Mapping[str, Share]
+    """What each module gets of the cluster."""
+    opened: frozenset[str]
+    """The modules that an attempt needs."""
     dataset: Dataset | None
     eval_dataset: Dataset | None
 

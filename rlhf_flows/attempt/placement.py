@@ -16,43 +16,40 @@ from functools import partial
 import cloudpickle
 import psutil
 
-from rlhf_flows.attempt.description import Checked
+from rlhf_flows.attempt.description import Checked, Dataset
+from rlhf_flows.attempt.shares import Share
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
-from rlhf_flows.errors import FencedError
+from rlhf_flows.errors import DataError, FencedError
 from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
 from rlhf_flows.pools.resources import check_fits
 from rlhf_flows.store import ObjectStore, check_fence
 from rlhf_flows.together import together
 
-__all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools"]
+__all__ = ["check_fits_here", "connect_cluster", "make_pool", "open_pools", "release_left"]
 
 logger = logging.getLogger(__name__)
 
 _RELEASE_TIMEOUT_S = 20.0
 
 
-def wanted_resources(
-    config: EngineConfig, modules: Mapping[str, BaseModule]
-) -> dict[str, list[tuple[str, float]]]:
+def wanted_resources(shares: Mapping[str, Share]) -> dict[str, list[tuple[str, float]]]:
     """What each module reserves, by resource."""
     wanted: dict[str, list[tuple[str, float]]] = {"CPU": [], "GPU": [], "memory": []}
-    for name in modules:
-        model = config.for_model(name)
-        ranks = model.num_replica * model.ranks_per_replica
-        wanted["CPU"].append((name, model.num_cpu * ranks))
-        wanted["GPU"].append((name, model.num_gpu * ranks))
-        wanted["memory"].append((name, model.memory_bytes * ranks))
+    for name, share in shares.items():
+        wanted["CPU"].append((name, share.cpu_per_process * share.num_processes))
+        wanted["GPU"].append((name, share.gpu_per_process * share.num_processes))
+        wanted["memory"].append((name, share.memory_per_process * share.num_processes))
     return wanted
 
 
-def check_fits_here(config: EngineConfig, modules: Mapping[str, BaseModule]) -> None:
+def check_fits_here(config: EngineConfig, shares: Mapping[str, Share]) -> None:
     """A local head offers this machine: what is more than that need not be started to be known."""
     have = {
         "CPU": float(config.cluster.num_cpus or default_threads()),
         "memory": float(psutil.virtual_memory().total),
     }
-    for resource, asks in wanted_resources(config, modules).items():
+    for resource, asks in wanted_resources(shares).items():
         if resource in have:
             check_fits(resource, asks, have=have[resource], where="this machine")
 
@@ -60,7 +57,7 @@ def check_fits_here(config: EngineConfig, modules: Mapping[str, BaseModule]) -> 
 async def connect_cluster(checked: Checked) -> Cluster:
     """The cluster, which can hold what the modules ask for. Raises ResourcesError, PoolError."""
     cluster = await connect(checked.config.cluster)
-    for resource, asks in wanted_resources(checked.config, checked.modules).items():
+    for resource, asks in wanted_resources(checked.shares).items():
         have = cluster.resources.get(resource, 0.0)
         check_fits(resource, asks, have=have, where=f"the cluster at {cluster.address}")
     return cluster
@@ -74,14 +71,21 @@ async def open_pools(
     attempt: int,
     cluster: Cluster,
     *,
+    resumes: bool,
     keeps: Callable[[BaseException], Awaitable[bool]],
-) -> AsyncIterator[dict[str, Pool]]:
+) -> AsyncIterator[tuple[dict[str, Pool], dict[str, tuple[int, ...]]]]:
     """Opens every pool, keeps their lease, and releases what should not outlive the attempt.
 
+    With the pools come the sizes of the datasets that their modules built, by kind.
+
     Args:
+        resumes: The run has trained something before.
         keeps: Whether pools outlive an attempt that ends with this error.
     """
-    pools = {name: make_pool(checked, store, run, attempt, name) for name in checked.modules}
+    pools = {
+        name: make_pool(checked, store, run, attempt, name, resumes=resumes)
+        for name in checked.opened
+    }
     # From the first replica on: others may load for longer than a lease lasts.
     keeper = asyncio.create_task(_keep_lease(list(pools.values()), checked.config))
     kept = False
@@ -89,11 +93,12 @@ async def open_pools(
         async with together() as group:
             for pool in pools.values():
                 group.create_task(pool.open())
-        for kind, dataset in (("train", checked.dataset), ("eval", checked.eval_dataset)):
-            if dataset is not None:
-                for owner in dataset.owners:
-                    await pools[owner].set_dataset(kind, dataset.info.digest, dataset.rows)
-        yield pools
+        sizes = {
+            kind: await _build_datasets(pools, kind, dataset)
+            for kind, dataset in (("train", checked.dataset), ("eval", checked.eval_dataset))
+            if dataset is not None
+        }
+        yield pools, sizes
     except BaseException as e:
         kept = await keeps(e)
         raise
@@ -103,16 +108,51 @@ async def open_pools(
             await _release(list(pools.values()))
 
 
-def make_pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name: str) -> Pool:
-    """The pool of one module, not open yet."""
+async def release_left(
+    checked: Checked, store: ObjectStore, run: str, attempt: int, cluster: Cluster
+) -> None:
+    """Ends the actors of a run that is finished: those of an attempt that was killed at its end."""
+    if not cluster.is_local:
+        await _release([make_pool(checked, store, run, attempt, name) for name in checked.modules])
+
+
+async def _build_datasets(
+    pools: Mapping[str, Pool], kind: str, dataset: Dataset
+) -> tuple[int, ...]:
+    info = dataset.info
+    found = {}
+    for owner in dataset.owners:
+        found[owner] = await pools[owner].set_dataset(kind, info.digest, dataset.rows, info.parts)
+    sizes = set(found.values())
+    if len(sizes) > 1:
+        raise DataError(
+            "the modules of the trainer's flow made datasets of different sizes of the same rows"
+            f" ({', '.join(f'{owner}: {sum(size)}' for owner, size in found.items())}): a batch"
+            " takes the same items of each"
+        )
+    return sizes.pop()
+
+
+def make_pool(
+    checked: Checked,
+    store: ObjectStore,
+    run: str,
+    attempt: int,
+    name: str,
+    *,
+    resumes: bool = False,
+) -> Pool:
+    """The pool of one module, not open yet. `resumes`: the run has trained something before."""
     config, module = checked.config, checked.modules[name]
-    model = config.for_model(name)
+    model, share = config.for_model(name), checked.shares[name]
     threads = model.num_threads or module.default_threads or default_threads()
     context = ModuleContext(
         seed=config.runtime.seed,
         num_threads=threads,
-        model_args=model.model_dump(mode="json"),
+        model_args=model.args_dict,
+        module_args=model.model_dump(mode="json", exclude={"args_dict"}),
         runtime_args=config.runtime.model_dump(mode="json"),
+        resumes=resumes,
     )
     spec = PoolSpec(
         run=run,
@@ -120,11 +160,13 @@ def make_pool(checked: Checked, store: ObjectStore, run: str, attempt: int, name
         module_name=name,
         store_url=store.url,
         context=context,
-        num_replica=model.num_replica,
-        ranks_per_replica=model.ranks_per_replica,
-        num_gpu=model.num_gpu,
-        num_cpu=model.num_cpu,
-        memory_bytes=model.memory_bytes,
+        num_replica=share.num_replica,
+        ranks_per_replica=share.ranks_per_replica,
+        num_gpu=share.gpu_per_process,
+        num_cpu=share.cpu_per_process,
+        memory_bytes=share.memory_per_process,
+        is_spread=config.runtime.cpu_schedule_strategy == "SPREAD",
+        runtime_env=config.runtime_env.for_ray(),
         num_threads=threads,
         lease_s=config.cluster.lease_s,
         store_retry_budget_s=config.store.retry_budget_s,
@@ -150,6 +192,8 @@ def _making(spec: PoolSpec, module: BaseModule) -> str:
         "threads": spec.num_threads,
         "ranks": spec.ranks_per_replica,
         "gpu": spec.num_gpu,
+        "arguments": dict(spec.context.model_args),
+        "runtime_env": dict(spec.runtime_env),
         "store": spec.store_url,
         "runtime": runtime,
         "versions": {p: _version(p) for p in ("rlhf-flows", "torch", "transformers", "vllm")},

@@ -19,10 +19,10 @@ from prefect.context import FlowRunContext
 from rlhf_flows.attempt.checks import check
 from rlhf_flows.attempt.claims import claim_run, new_run_name
 from rlhf_flows.attempt.deaths import check_attempts_left
-from rlhf_flows.attempt.description import Checked, Description
-from rlhf_flows.attempt.placement import connect_cluster, open_pools
+from rlhf_flows.attempt.description import Checked, Dataset, Description
+from rlhf_flows.attempt.placement import connect_cluster, open_pools, release_left
 from rlhf_flows.attempt.stopping import FlowRunWatch, started_for, without_abort
-from rlhf_flows.errors import StoreUnavailableError
+from rlhf_flows.errors import ConfigError, StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
 from rlhf_flows.reporting.artifacts import shown
@@ -37,7 +37,7 @@ from rlhf_flows.store import (
     sweep_run,
     take_attempt,
 )
-from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.runtime import DatasetInfo, Runtime
 from rlhf_flows.together import beside
 
 __all__ = ["run_as_flow"]
@@ -93,6 +93,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         started: What a person or an automation stops and starts: the same, or a parent of it.
     """
     config, flow_run_id = checked.config, str(flow_run.id)
+    evaluator = checked.description.evaluator
     run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
     store, record = await asyncio.to_thread(claim_run, checked, run)
     await check_attempts_left(store, run, max_attempts=config.runtime.max_attempts)
@@ -111,7 +112,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
     if checked.description.progress is not None:
         checked.description.progress.begin(run, config.runtime.num_episode)
 
-    async def runtime(pools: Mapping[str, Pool]) -> Runtime:
+    async def runtime(pools: Mapping[str, Pool], sizes: Mapping[str, tuple[int, ...]]) -> Runtime:
         return Runtime(
             config=config,
             run=run,
@@ -125,27 +126,33 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
             trainer=checked.trainer,
             evaluator=checked.evaluator,
             syncs=checked.syncs,
-            dataset=None if checked.dataset is None else checked.dataset.info,
-            eval_dataset=None if checked.eval_dataset is None else checked.eval_dataset.info,
+            dataset=_built(checked.dataset, sizes.get("train")),
+            eval_dataset=_built(checked.eval_dataset, sizes.get("eval")),
+            post_process=None if evaluator is None else evaluator.post_process,
+            only_evaluates=checked.description.only_evaluates,
         )
 
     watch = FlowRunWatch(started, store=store, run=run, attempt=attempt.number)
     keeps = partial(watch.keeps_pools, on_cancel=config.cluster.keep_pools_on_cancel)
     outcome: Outcome = "failed"
     try:
-        found = await runtime({})
+        found = await runtime({}, {})
         name, also = checked.description.name, checked.description.progress
         shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
         async with shows as progress, beside(watch.watch()), warnings_shown():
             if is_finished(found):
                 found.progress = progress
                 result = await run_episodes(found)
+                await release_left(checked, store, run, attempt.number, cluster)
             else:
-                opened = open_pools(checked, store, run, attempt.number, cluster, keeps=keeps)
-                async with opened as pools:
+                resumes = found.state.trained_episodes > 0
+                opened = open_pools(
+                    checked, store, run, attempt.number, cluster, resumes=resumes, keeps=keeps
+                )
+                async with opened as (pools, sizes):
                     # Looked at again, after the pools are claimed: what an older attempt had in
                     # flight is there now.
-                    working = await runtime(pools)
+                    working = await runtime(pools, sizes)
                     working.progress = progress
                     async with beside(watch_head(cluster)):
                         result = await run_episodes(working)
@@ -158,3 +165,16 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         await watch.tell(e)
     finally:
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))
+
+
+def _built(dataset: Dataset | None, sizes: tuple[int, ...] | None) -> DatasetInfo | None:
+    """The dataset as the modules built it, where that is known: items need not be rows."""
+    if dataset is None or sizes is None:
+        return None if dataset is None else dataset.info
+    info = dataset.info
+    if info.lengths and sum(sizes) != len(info.lengths):
+        raise ConfigError(
+            f"batch_generation.ranking goes by the rows of the dataset, {len(info.lengths)}, but"
+            f" the module made {sum(sizes)} items of them: leave ranking out"
+        )
+    return replace(info, num_rows=sum(sizes), parts=sizes if info.parts else ())

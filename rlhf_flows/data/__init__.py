@@ -17,7 +17,15 @@ if TYPE_CHECKING:
         to_arrow,
         to_parquet,
     )
-    from rlhf_flows.data.batch import Batch, batch_size, collate, concat, select, to_samples
+    from rlhf_flows.data.batch import (
+        Batch,
+        Samples,
+        batch_size,
+        collate,
+        concat,
+        select,
+        to_samples,
+    )
     from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
     from rlhf_flows.data.packing import cut_by_tokens
     from rlhf_flows.data.plan import (
@@ -51,6 +59,7 @@ __all__ = [
     "PreferenceDataset",
     "PromptDataset",
     "Quarantine",
+    "Samples",
     "ShardHandle",
     "StreamDataset",
     "align",
@@ -81,7 +90,7 @@ __all__ = [
 
 _HOME = {
     "arrow": ["from_arrow", "from_parquet", "parquet_metadata", "to_arrow", "to_parquet"],
-    "batch": ["Batch", "batch_size", "collate", "concat", "select", "to_samples"],
+    "batch": ["Batch", "Samples", "batch_size", "collate", "concat", "select", "to_samples"],
     "columns": ["COLUMNS", "COLUMNS_VERSION", "GENERATED_COLUMNS", "Column"],
     "packing": ["cut_by_tokens"],
     "plan": [

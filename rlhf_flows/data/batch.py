@@ -19,13 +19,38 @@ from torch import Tensor
 
 from rlhf_flows.errors import DataError
 
-__all__ = ["Batch", "batch_size", "collate", "concat", "select", "to_samples"]
+__all__ = ["Batch", "Samples", "batch_size", "collate", "concat", "select", "to_samples"]
 
 Batch = dict[str, Any]
 
 _INT64_MIN, _INT64_MAX = -(2**63), 2**63 - 1
 _OF_SCALARS = {torch.bool, torch.int64, torch.float64}
 """What bools, ints and floats of Python become."""
+
+
+class Samples(list[dict[str, Any]]):
+    """What a dataset's `collate_fn` is given: a list of samples, as a DataLoader gives it, that
+    answers by column, too, as ChatLearn's documents have it (`for key, values in samples.items()`).
+    """
+
+    def keys(self) -> list[str]:
+        """The columns of the first sample. Raises DataError where another has others."""
+        names = list(self[0]) if self else []
+        _check_keys(self, names)
+        return names
+
+    def values(self) -> list[list[Any]]:
+        return [values for _, values in self.items()]
+
+    def items(self) -> list[tuple[str, list[Any]]]:
+        """Each column with its values, one for each sample."""
+        return [(name, [sample[name] for sample in self]) for name in self.keys()]
+
+    def __getitem__(self, which: Any) -> Any:
+        """Sample `which`, or the values of the column of that name."""
+        if isinstance(which, str):
+            return [sample[which] for sample in self]
+        return super().__getitem__(which)
 
 
 def batch_size(batch: Mapping[str, Any]) -> int:
@@ -101,14 +126,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> Batch:
     if not samples:
         return {}
     names = list(samples[0])
-    for index, sample in enumerate(samples):
-        odd = sorted(set(names) ^ set(sample))
-        if odd:
-            says = "lacks" if odd[0] in names else "has, unlike sample 0,"
-            raise DataError(
-                f"sample {index} of {len(samples)} {says} the key {odd[0]!r}: "
-                "give every sample the same keys, with None where there is no value"
-            )
+    _check_keys(samples, names)
     return {name: _collate_column(name, [s[name] for s in samples]) for name in names}
 
 
@@ -124,6 +142,17 @@ def to_samples(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
         else:
             columns[name] = column.unbind(0)
     return [{name: column[i] for name, column in columns.items()} for i in range(size)]
+
+
+def _check_keys(samples: Sequence[Mapping[str, Any]], names: Sequence[str]) -> None:
+    for index, sample in enumerate(samples):
+        odd = sorted(set(names) ^ set(sample))
+        if odd:
+            says = "lacks" if odd[0] in names else "has, unlike sample 0,"
+            raise DataError(
+                f"sample {index} of {len(samples)} {says} the key {odd[0]!r}: "
+                "give every sample the same keys, with None where there is no value"
+            )
 
 
 def _length(name: str, column: Any) -> int:

@@ -11,7 +11,7 @@ Python's salted `hash`. No torch: the flow process plans without loading it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -45,9 +45,15 @@ class PlannedShard:
     """Dataset row of each group of the shard."""
     draws: tuple[int, ...] = ()
     """How many groups of this episode asked the same row before; () where none did."""
+    numbers: tuple[int, ...] = ()
+    """Position in the episode of each group, where they are not neighbours; else ()."""
 
     def draw(self, group: int) -> int:
         return self.draws[group] if self.draws else 0
+
+    def number(self, group: int) -> int:
+        """Position in the episode of a group of the shard."""
+        return self.numbers[group] if self.numbers else self.first_group + group
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,7 +95,7 @@ class EpisodePlan:
             for sibling in range(self.group_size):
                 name = sample_id(self.episode, row, first_number + sibling)
                 columns["sample_id"].append(name)
-                columns["group"].append(planned.first_group + position)
+                columns["group"].append(planned.number(position))
                 columns["sibling"].append(sibling)
                 columns["prompt_row"].append(row)
                 columns["seed"].append(sample_seed(self.run_seed, self.episode, name))
@@ -113,6 +119,8 @@ class EpisodePlan:
             entry: dict[str, Any] = {"first_group": shard.first_group, "rows": list(shard.rows)}
             if shard.draws:
                 entry["draws"] = list(shard.draws)
+            if shard.numbers:
+                entry["numbers"] = list(shard.numbers)
             shards.append(entry)
         return {
             "format": _FORMAT,
@@ -150,6 +158,7 @@ class EpisodePlan:
                         first_group=entry["first_group"],
                         rows=tuple(entry["rows"]),
                         draws=tuple(entry.get("draws", ())),
+                        numbers=tuple(entry.get("numbers", ())),
                     )
                     for index, entry in enumerate(payload["shards"])
                 ),
@@ -172,12 +181,22 @@ def make_plan(
     groups_per_shard: int,
     shuffle: bool,
     versions: Mapping[str, int],
+    parts: Sequence[int] = (),
+    ratio: Sequence[int] = (),
+    lengths: Sequence[int] = (),
 ) -> EpisodePlan:
     """Plan episode `episode`, its first wave.
 
     Dataset positions run on from episode to episode: each pass over the dataset is a permutation
     of its own, seeded by the pass, so that every row comes once a pass, wherever episodes end.
     Raises ConfigError for sizes that do not fit.
+
+    Args:
+        parts: Rows of each of several datasets, which stand one after another; each has passes of
+            its own.
+        ratio: Shares of the datasets in an episode, equal if not given.
+        lengths: Of each row's prompt: shards then hold groups of about one length. What is trained
+            together does not depend on it.
     """
     for name, value in (
         ("sample_per_episode", sample_per_episode),
@@ -199,22 +218,23 @@ def make_plan(
         )
     num_groups = sample_per_episode // group_size
     positions = np.arange(episode * num_groups, (episode + 1) * num_groups, dtype=np.int64)
-    rows = positions % num_rows
-    if shuffle:
-        passes = positions // num_rows
-        for number in range(int(passes[0]), int(passes[-1]) + 1):
-            here = passes == number
-            rows[here] = permutation(num_rows, run_seed, "dataset", number)[rows[here]]
-    draws = _draws(rows.tolist())
+    parts = parts or (num_rows,)
+    rows = _rows(positions, parts, ratio, run_seed=run_seed, shuffle=shuffle).tolist()
+    draws = _draws(rows)
+    order = list(range(num_groups))
+    if lengths:
+        order.sort(key=lambda group: lengths[rows[group]])  # stable: equal ones as they were
     shards = []
     for index, first in enumerate(range(0, num_groups, groups_per_shard)):
-        part = slice(first, first + groups_per_shard)
+        groups = order[first : first + groups_per_shard]
+        drawn = tuple(draws[group] for group in groups)
         shards.append(
             PlannedShard(
                 index=index,
                 first_group=first,
-                rows=tuple(rows[part].tolist()),
-                draws=tuple(draws[part]) if any(draws[part]) else (),
+                rows=tuple(rows[group] for group in groups),
+                draws=drawn if any(drawn) else (),
+                numbers=tuple(groups) if lengths else (),
             )
         )
     return EpisodePlan(
@@ -228,10 +248,17 @@ def make_plan(
 
 
 def training_batches(
-    plan: EpisodePlan, *, samples_per_batch: int, epoch: int, shuffle: bool
+    plan: EpisodePlan,
+    *,
+    samples_per_batch: int,
+    epoch: int,
+    shuffle: bool,
+    whole_batches: bool = False,
 ) -> list[list[GroupRef]]:
     """The batches of training pass `epoch` over the episode: every group once, in whole groups.
 
+    With `shuffle` in another order each pass: the groups, or with `whole_batches` the batches, each
+    of neighbours in the episode.
     A function of the plan alone, never of the order in which shards arrived; a group that is left
     out leaves its batch smaller (`Quarantine.rows`) and all others as they are. The last batch is
     smaller where the groups do not divide. Raises ConfigError unless `samples_per_batch` is a
@@ -242,12 +269,55 @@ def training_batches(
             f"a training batch of {samples_per_batch} samples cannot hold whole groups of "
             f"{plan.group_size}: use a multiple of group_size={plan.group_size}"
         )
-    groups = [GroupRef(s.index, i) for s in plan.shards for i in range(len(s.rows))]
-    if shuffle:
-        order = permutation(len(groups), plan.run_seed, "training", plan.episode, plan.wave, epoch)
-        groups = [groups[i] for i in order]
+    numbers = {GroupRef(s.index, i): s.number(i) for s in plan.shards for i in range(len(s.rows))}
+    groups = sorted(numbers, key=numbers.__getitem__)
+    key = (plan.run_seed, "training", plan.episode, plan.wave, epoch)
+    if shuffle and not whole_batches:
+        groups = [groups[i] for i in permutation(len(groups), *key)]
     width = samples_per_batch // plan.group_size
-    return [groups[i : i + width] for i in range(0, len(groups), width)]
+    batches = [groups[i : i + width] for i in range(0, len(groups), width)]
+    if shuffle and whole_batches:
+        batches = [batches[i] for i in permutation(len(batches), *key)]
+    return batches
+
+
+def _rows(
+    positions: NDArray[np.int64],  # [n] groups since the run began
+    parts: Sequence[int],
+    ratio: Sequence[int],
+    *,
+    run_seed: int,
+    shuffle: bool,
+) -> NDArray[np.int64]:  # [n]
+    """The dataset row at each position. Raises ConfigError for a ratio of other datasets."""
+    if ratio and len(ratio) != len(parts):
+        raise ConfigError(
+            f"data_ratio has {len(ratio)} numbers for {len(parts)} datasets: give one for each"
+        )
+    ratio = ratio or (1,) * len(parts)
+    pattern = np.array(_pattern(ratio), dtype=np.int64)
+    cycles, slots = np.divmod(positions, len(pattern))
+    chosen = pattern[slots]  # [n] which dataset
+    rows = np.zeros_like(positions)
+    start = 0
+    for part, size in enumerate(parts):
+        ours = chosen == part
+        before = np.concatenate([[0], np.cumsum(pattern == part)])[slots[ours]]
+        passes, own = np.divmod(cycles[ours] * ratio[part] + before, size)
+        if shuffle:
+            for number in np.unique(passes):
+                key = ("dataset", int(number)) if part == 0 else ("dataset", int(number), part)
+                here = passes == number
+                own[here] = permutation(size, run_seed, *key)[own[here]]
+        rows[ours] = start + own
+        start += size
+    return rows
+
+
+def _pattern(ratio: Sequence[int]) -> list[int]:
+    """Datasets in turn, each as often as its share, as evenly as it goes."""
+    turns = [((2 * k + 1) / (2 * n), part) for part, n in enumerate(ratio) for k in range(n)]
+    return [part for _, part in sorted(turns)]
 
 
 def sample_id(episode: int, row: int, number: int) -> str:

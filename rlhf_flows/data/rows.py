@@ -56,13 +56,18 @@ def load_rows(
     return uniform_rows(rows, wheres=wheres)
 
 
-def rows_digest(rows: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of the rows in their order; the same from whichever kind of file they came."""
+def rows_digest(rows: Sequence[Any], *, parts: Sequence[int] = ()) -> str:
+    """SHA-256 of the rows in their order; the same from whichever kind of file they came.
+
+    `parts`: how many of them belong to each of several datasets.
+    """
     digest = sha256()
     for row in rows:
-        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_bytes_as_hex)
+        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_as_json)
         digest.update(text.encode())
         digest.update(b"\n")
+    if parts:
+        digest.update(json.dumps(list(parts)).encode())
     return digest.hexdigest()
 
 
@@ -261,10 +266,12 @@ def _check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> 
         raise DataError(f"{where}: {field!r} is missing: {hint}")
 
 
-def _bytes_as_hex(value: Any) -> str:
+def _as_json(value: Any) -> Any:
+    """For the digest alone: what rows of a program's own may hold beside what a file can."""
     if isinstance(value, bytes):
         return f"bytes:{value.hex()}"
+    if hasattr(value, "tolist") and hasattr(value, "shape"):  # a tensor or an array
+        return {f"{type(value).__name__} {value.dtype}": value.tolist()}
     raise DataError(
-        f"a row holds a {type(value).__name__}, which a prompt file cannot: "
-        "use text, numbers, lists and objects"
+        f"a row holds a {type(value).__name__}: use text, numbers, tensors, lists and dicts"
     )

@@ -20,6 +20,8 @@ __all__ = ["VLLMPolicy"]
 class VLLMPolicy(VLLMModule, GeneratingPolicy):
     """Completes prompts with vLLM; adds the behaviour log-probability of every token."""
 
+    tokenizer = GeneratingPolicy.tokenizer
+
     def __init__(
         self,
         name: str = "policy",

@@ -10,13 +10,24 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_flows.modules.base import BaseModule, ModuleContext
+    from rlhf_flows.modules.deepspeed_module import DeepSpeedModule
+    from rlhf_flows.modules.megatron_module import MegatronModule
     from rlhf_flows.modules.torch_module import TorchModule
     from rlhf_flows.modules.vllm_module import VLLMModule
 
-__all__ = ["BaseModule", "ModuleContext", "TorchModule", "VLLMModule"]
+__all__ = [
+    "BaseModule",
+    "DeepSpeedModule",
+    "MegatronModule",
+    "ModuleContext",
+    "TorchModule",
+    "VLLMModule",
+]
 
 _HOMES = {
     "BaseModule": "base",
+    "DeepSpeedModule": "deepspeed_module",
+    "MegatronModule": "megatron_module",
     "ModuleContext": "base",
     "TorchModule": "torch_module",
     "VLLMModule": "vllm_module",

@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import is_tracing, record
+from rlhf_flows.modules.args import Args
 from rlhf_flows.modules.fingerprint import fingerprint
+from rlhf_flows.modules.timers import Timers
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,9 +42,13 @@ class ModuleContext:
     """CPU threads this worker may use."""
     device: str = "cpu"
     model_args: Mapping[str, Any] = field(default_factory=dict)
-    """The module's section of the configuration."""
+    """The module's own arguments: `args_dict` of its section, over its `model_config_file`."""
+    module_args: Mapping[str, Any] = field(default_factory=dict)
+    """The rest of its section: how it is placed."""
     runtime_args: Mapping[str, Any] = field(default_factory=dict)
     """The runtime section of the configuration."""
+    resumes: bool = False
+    """Whether the run had trained something when this attempt began."""
 
 
 class BaseModule:
@@ -61,6 +67,7 @@ class BaseModule:
 
     _name: str
     _context: ModuleContext
+    _timers: Timers
 
     def __new__(cls, *args: Any, **kwargs: Any) -> BaseModule:
         # The name is taken here, so that a subclass whose __init__ calls no super() still has one.
@@ -68,6 +75,7 @@ class BaseModule:
         name = kwargs.get("name", args[0] if args else None)
         self.__dict__["_name"] = name if isinstance(name, str) else cls.__name__
         self.__dict__["_context"] = ModuleContext()
+        self.__dict__["_timers"] = Timers()
         return self
 
     def __init__(self, name: str | None = None) -> None:
@@ -108,12 +116,45 @@ class BaseModule:
         return self._context.num_replica
 
     @property
-    def model_args(self) -> Mapping[str, Any]:
-        return self._context.model_args
+    def replica_id(self) -> int:
+        """Which of the module's replicas this is, from 0."""
+        return self._context.replica
 
     @property
-    def runtime_args(self) -> Mapping[str, Any]:
-        return self._context.runtime_args
+    def data_parallel_rank(self) -> int:
+        """Of a trained module, whose ranks share a global batch; 0 where they do not."""
+        return self._context.rank
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self._context.world_size
+
+    @property
+    def resume_training(self) -> bool:
+        """Whether the run goes on from an earlier attempt's training."""
+        return self._context.resumes
+
+    @property
+    def model_args(self) -> Args:
+        """The module's own arguments: `models.<name>.args_dict` and `model_config_file`."""
+        return Args(self._context.model_args, f"models.{self._name}.args_dict")
+
+    @property
+    def module_args(self) -> Args:
+        """How the module is placed: its section of the configuration."""
+        return Args(self._context.module_args, f"models.{self._name}")
+
+    @property
+    def runtime_args(self) -> Args:
+        """The runtime section of the configuration."""
+        return Args(self._context.runtime_args, "runtime")
+
+    @property
+    def timers(self) -> Timers:
+        """Stopwatches: `self.timers("forward").start()`; the metrics of a step show what they
+        measured in it, as `forward_seconds`.
+        """
+        return self._timers
 
     def attach(self, context: ModuleContext) -> None:
         """Called by the worker before `setup`."""
@@ -142,11 +183,20 @@ class BaseModule:
     def setup(self) -> None:
         """Loads the model, once, in the worker."""
 
+    # ChatLearn's own take no argument; a subclass may leave it out.
+
     def before_episode(self, episode: int) -> None:
-        """Called on a trainable module before it trains on an episode."""
+        """Called in each worker before its first work on an episode; again if it starts anew."""
 
     def after_episode(self, episode: int) -> None:
-        """Called on a trainable module after it trained on an episode, before the commit."""
+        """Called on a trained module after its last step of an episode, before the commit."""
+
+    def save_checkpoint(self, iteration: int) -> None:
+        """Called on a trained module whenever its training state is saved, with the policy version.
+
+        For files of one's own: what the run needs it keeps by `save_state` and `save_pretrained`.
+        A version that is not committed in the end was seen here, too.
+        """
 
     # ---- work -----------------------------------------------------------------------------
 
@@ -160,6 +210,10 @@ class BaseModule:
             f"module {self.name!r} comes first in its flow but has no build_dataset: define"
             f" {type(self).__name__}.build_dataset(prompts, is_eval) to return a Dataset"
         )
+
+    def build_all_dataset(self, prompts: Sequence[Sequence[Any]], is_eval: bool = False) -> Any:
+        """A list of datasets, one for each that `set_multiple_datasets` was given."""
+        return [self.build_dataset(rows, is_eval=is_eval) for rows in prompts]
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """One batch in, one batch out, row by row."""
@@ -193,8 +247,15 @@ class BaseModule:
         return batches
 
     def micro_batches(self, data: Batch) -> list[Batch]:
-        """Cuts a prepared global batch into what one forward and backward pass takes."""
-        return [data]
+        """Cuts a prepared global batch into what one forward and backward pass takes, and takes
+        this rank's share: by `runtime.train_micro_batch_size` rows or
+        `runtime.train_micro_batch_tokens`; without either, every rank gets all of it in one.
+        """
+        from rlhf_flows.modules.micro_batches import cut_batch  # torch
+
+        return cut_batch(
+            data, settings=self.runtime_args, rank=self.rank, world_size=self.world_size
+        )
 
     def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float] | None:
         """One global batch, as a list of micro-batches: one optimizer step. Returns metrics."""

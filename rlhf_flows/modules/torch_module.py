@@ -38,6 +38,16 @@ class TorchModule(BaseModule):
     master_weights: dict[str, Tensor] | None = None
     """Float32 copies that the optimizer steps, by parameter name; part of the training state."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the model."""
+        parameters: Iterator[nn.Parameter] = self._model().parameters()
+        return parameters
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Of the model."""
+        parameters: Iterator[tuple[str, nn.Parameter]] = self._model().named_parameters()
+        return parameters
+
     # ---- weights --------------------------------------------------------------------------
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -26,8 +26,8 @@ from torch import Tensor
 
 from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
-from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.modules.hf_folder import HFFolder
+from rlhf_flows.modules.torch_module import TorchModule
 
 __all__ = ["VLLMModule"]
 
@@ -39,8 +39,11 @@ CPU_HEAD_WIDTHS = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 CPU_CACHE_BYTES_MIN, CPU_CACHE_BYTES_MAX = 16 << 20, 4 << 30
 
 
-class VLLMModule(BaseModule):
-    """One vLLM engine. Its calls are rollout; a model used as a judge sets `generates = False`."""
+class VLLMModule(TorchModule):
+    """One vLLM engine. Its calls are rollout; a model used as a judge sets `generates = False`.
+
+    A subclass that sets `self.model` in place of an engine is a `TorchModule` that generates.
+    """
 
     generates: ClassVar[bool] = True
     default_threads: ClassVar[int | None] = 1
@@ -156,6 +159,10 @@ class VLLMModule(BaseModule):
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
             os.environ.setdefault("OMP_NUM_THREADS", str(self.context.num_threads))
             torch.set_num_threads(self.context.num_threads)
+
+    @property
+    def _has_own_model(self) -> bool:
+        return self._llm is None and self.__dict__.get("model") is not None
 
     @property
     def _on_cpu(self) -> bool:
@@ -277,6 +284,9 @@ class VLLMModule(BaseModule):
             SyncError: these are not this model's weights (nothing was changed), or the engine
                 failed while it took them (every later call says so).
         """
+        if self._has_own_model:
+            super().load_weights(weights)
+            return
         engine = self._engine()
         weights = list(weights)
         self._folder.check_weights(weights)
@@ -296,6 +306,8 @@ class VLLMModule(BaseModule):
 
     def vocabulary_size(self) -> int:
         """Rows of the embedding; 0 before `setup_engine`."""
+        if self._has_own_model:
+            return super().vocabulary_size()
         return 0 if self._llm is None else self._folder.vocabulary_size
 
     def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -303,6 +315,8 @@ class VLLMModule(BaseModule):
 
         A sequence has 2 to `max_model_len - 1` tokens.
         """
+        if self._has_own_model:
+            return super().probe_logprobs(sequences)
         engine = self._engine()
         vllm: Any = importlib.import_module("vllm")
         longest = max(map(len, sequences), default=0)

@@ -101,7 +101,7 @@ class PoolActors:
         self._check_fence = check_fence
         self._pool = f"pool {spec.module_name!r}"
         self._namespace = namespace_of(spec.run)
-        self._datasets: dict[str, tuple[str, Any]] = {}
+        self._datasets: dict[str, tuple[str, Any, tuple[int, ...]]] = {}
 
     # ---- found or started -----------------------------------------------------------------
 
@@ -217,7 +217,8 @@ class PoolActors:
             memory=spec.memory_bytes or None,
             max_restarts=0,
             max_task_retries=0,
-            runtime_env={"env_vars": environment},
+            scheduling_strategy="SPREAD" if spec.is_spread else "DEFAULT",
+            runtime_env={**spec.runtime_env, "env_vars": environment},
         ).remote(spec, replica=index, rank=rank)
 
     async def _end(self, index: int, actors: Sequence[Any]) -> None:
@@ -272,27 +273,42 @@ class PoolActors:
     # ---- datasets -------------------------------------------------------------------------
 
     async def set_dataset(
-        self, kind: str, digest: str, rows: Sequence[Any], replicas: Sequence[Replica]
-    ) -> None:
-        """These replicas build the dataset of `rows` unless they have it, and all later ones."""
-        self._datasets[kind] = (digest, ray.put(list(rows)))
-        await asyncio.gather(*(self._give_datasets(r) for r in replicas))
+        self,
+        kind: str,
+        digest: str,
+        rows: Sequence[Any],
+        parts: Sequence[int],
+        replicas: Sequence[Replica],
+    ) -> tuple[int, ...]:
+        """These replicas build the dataset of `rows` unless they have it, and all later ones.
+
+        Returns the number of its items, of each part where there are `parts`.
+        """
+        self._datasets[kind] = (digest, ray.put(list(rows)), tuple(parts))
+        sizes = await asyncio.gather(*(self._give_dataset(r, kind) for r in replicas))
+        return sizes[0]
 
     async def _give_datasets(self, replica: Replica) -> None:
-        for kind, (digest, rows) in self._datasets.items():
-            if (kind, digest) in replica.state.datasets:
-                continue
-            building = [
-                r.load_dataset.remote(self._attempt, kind, digest, rows) for r in replica.ranks
-            ]
-            waiting_for = f"{self._pool} to build the {kind} dataset"
-            try:
-                await gather(building, self._setup_timeout_s, waiting_for)
-            except DEAD as e:
-                raise ReplicaDiedError(
-                    f"{self._pool}: the process of replica {replica.index} died while it built the"
-                    f" {kind} dataset ({last_line(e)})"
-                ) from e
+        for kind in self._datasets:
+            await self._give_dataset(replica, kind)
+
+    async def _give_dataset(self, replica: Replica, kind: str) -> tuple[int, ...]:
+        digest, rows, parts = self._datasets[kind]
+        for known, its_digest, sizes in replica.state.datasets:
+            if (known, its_digest) == (kind, digest):
+                return sizes
+        building = [
+            r.load_dataset.remote(self._attempt, kind, digest, rows, parts) for r in replica.ranks
+        ]
+        waiting_for = f"{self._pool} to build the {kind} dataset"
+        try:
+            found = await gather(building, self._setup_timeout_s, waiting_for)
+        except DEAD as e:
+            raise ReplicaDiedError(
+                f"{self._pool}: the process of replica {replica.index} died while it built the"
+                f" {kind} dataset ({last_line(e)})"
+            ) from e
+        return tuple(found[0])
 
 
 def _kill(actors: Sequence[Any]) -> None:

@@ -8,7 +8,7 @@ from rlhf_flows.data import Batch, batch_size, concat, select
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.messages import TrainCall, TrainRows
 from rlhf_flows.pools.shards import metrics_of
-from rlhf_flows.pools.user_code import naming
+from rlhf_flows.pools.user_code import call_hook, checked_metrics, naming
 
 __all__ = ["EpisodeTraining"]
 
@@ -28,7 +28,7 @@ class EpisodeTraining:
         self._prepared: dict[int, Batch] | None = None
         """By index of the optimizer step, where the module wants the episode."""
         with naming(module.name, "before_episode", "training", call.episode, 0, None):
-            module.before_episode(call.episode)
+            call_hook(module.before_episode, call.episode)
 
     def expects(self, call: TrainCall) -> bool:
         """Whether `call` is the step that comes next."""
@@ -55,16 +55,17 @@ class EpisodeTraining:
                     batch = self._module.prepare_batch(self._rows(call.rows))
             with naming(*where, batch):
                 micro_batches = self._module.micro_batches(batch)
-                metrics = getattr(self._module, call.method)(micro_batches, call.iteration) or {}
+                step = getattr(self._module, call.method)
+                metrics = checked_metrics(step(micro_batches, call.iteration))
         self._done += 1
         if self.is_over:
             with naming(
                 self._module.name, "after_episode", "training", call.episode, call.index, None
             ):
-                self._module.after_episode(call.episode)
-        found = {name: float(value) for name, value in metrics.items()}
+                call_hook(self._module.after_episode, call.episode)
+        seconds = {f"{name}_seconds": s for name, s in self._module.timers.take().items()}
         samples = {name: mean for name, (mean, _) in metrics_of(batch).items()}
-        return {**samples, **found, "rows": float(batch_size(batch))}
+        return {**samples, **seconds, **metrics, "rows": float(batch_size(batch))}
 
     def _prepare(self, batches: Sequence[tuple[TrainRows, ...]]) -> None:
         """Prepares the batches of the episode that have rows, and shows them to the module."""

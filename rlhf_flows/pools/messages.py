@@ -47,6 +47,10 @@ class PoolSpec:
     num_gpu: float = 0
     num_cpu: float = 0
     memory_bytes: int = 0
+    is_spread: bool = False
+    """Over the nodes of the cluster, where no GPU decides."""
+    runtime_env: Mapping[str, Any] = field(default_factory=dict)
+    """Of Ray, beside the variables that the pool sets."""
     num_threads: int = 1
     lease_s: float = 900.0
     store_retry_budget_s: float = 120.0
@@ -67,7 +71,7 @@ class WorkerState:
     """Policy version of the weights it holds."""
     clean: bool
     """Nothing was trained since that version was committed."""
-    datasets: tuple[tuple[str, str], ...] = ()
+    datasets: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """(kind, digest) of each dataset it holds."""
 
 

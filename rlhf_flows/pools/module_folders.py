@@ -57,6 +57,7 @@ class ModuleFolders:
             if with_state:
                 (folder / "state").mkdir()
                 self._module.save_state(folder / "state")
+                self._module.save_checkpoint(version)
                 about = {"module": name, "version": version, "digest": digest.result()}
                 (folder / "state" / "module.json").write_text(json.dumps(about))
                 prefix = self._layout.checkpoint_prefix(version, f"{name}-{uuid4().hex}")

@@ -121,9 +121,18 @@ class Pool:
         self._actors.release()
         self._replicas = []
 
-    async def set_dataset(self, kind: str, digest: str, rows: Sequence[Any]) -> None:
-        """Every replica builds the dataset of `rows`, unless it has it."""
-        await self._actors.set_dataset(kind, digest, rows, self._replicas)
+    async def set_dataset(
+        self, kind: str, digest: str, rows: Sequence[Any], parts: Sequence[int] = ()
+    ) -> tuple[int, ...]:
+        """Every replica builds the dataset of `rows`, unless it has it.
+
+        Args:
+            parts: How many of the rows belong to each of several datasets.
+
+        Returns:
+            The number of its items; of each part, where there are several.
+        """
+        return await self._actors.set_dataset(kind, digest, rows, parts, self._replicas)
 
     # ---- calls ----------------------------------------------------------------------------
 
@@ -162,7 +171,8 @@ class Pool:
             self._saying_who_keeps_it(what, every_s),
             self._claim(what, timeout_s if wait_s is None else wait_s) as replica,
         ):
-            if version is not None and replica.version != version:
+            # A trained module in the middle of an episode is at no version.
+            if version is not None and not (replica.version == version and replica.state.clean):
                 await self._bring(replica, version, what)
             answer = await self._call_on(
                 replica, method, args, what, timeout_s, num_returns, suspect

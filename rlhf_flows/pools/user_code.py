@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
+import math
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +17,14 @@ from rlhf_flows.data import Batch, batch_size
 from rlhf_flows.errors import DataError, NonFiniteError, RlhfFlowsError, ShardError, UserError
 from rlhf_flows.pools.messages import ForwardCall
 
-__all__ = ["checked_output", "naming", "naming_columns", "seed_everything"]
+__all__ = [
+    "call_hook",
+    "checked_metrics",
+    "checked_output",
+    "naming",
+    "naming_columns",
+    "seed_everything",
+]
 
 
 def seed_everything(*where: object) -> None:
@@ -63,6 +72,46 @@ def naming_columns(call: ForwardCall, module: str) -> Iterator[None]:
             f"{module}.{call.method} failed on {call.phase} of episode {call.episode}, shard"
             f" {call.shard}: {e}"
         ) from e
+
+
+def call_hook(method: Callable[..., None], number: int) -> None:
+    """`before_episode` and the like, whose overrides may leave their argument out."""
+    try:
+        inspect.signature(method).bind(number)
+    except TypeError:
+        method()
+    else:
+        method(number)
+
+
+def checked_metrics(metrics: Any) -> dict[str, float]:
+    """A training step's metrics: numbers by name, or nothing.
+
+    Raises DataError for anything else, NonFiniteError for a loss that is not finite.
+    """
+    if metrics is None:
+        return {}
+    if not isinstance(metrics, Mapping):
+        raise DataError(
+            f"it returned a {type(metrics).__name__}, expected metrics, a dict of numbers, or None"
+        )
+    found: dict[str, float] = {}
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError) as e:
+            raise DataError(
+                f"its metric {name!r} is a {type(value).__name__}: metrics are numbers, such as"
+                " float(loss)"
+            ) from e
+    for name in found:
+        if "loss" in name and not math.isfinite(found[name]):
+            raise NonFiniteError(
+                f"its metric {name!r} is {found[name]}: what it did to the weights is not kept, and"
+                " the run goes back to the version before when it is started again. Lower the"
+                " learning rate, or look at the data of this batch"
+            )
+    return found
 
 
 def checked_output(output: Any, data: Batch) -> Batch:

@@ -25,7 +25,7 @@ import torch
 from rlhf_flows.data import Batch, align, batch_size, concat, keep_samples, select, to_arrow
 from rlhf_flows.errors import FencedError, PoolError, RlhfFlowsError, SyncError
 from rlhf_flows.modules.base import BaseModule
-from rlhf_flows.pools.datasets import Datasets
+from rlhf_flows.pools.datasets import Datasets, build
 from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.episode_training import EpisodeTraining
 from rlhf_flows.pools.messages import (
@@ -41,7 +41,13 @@ from rlhf_flows.pools.messages import (
 from rlhf_flows.pools.module_folders import ModuleFolders
 from rlhf_flows.pools.shards import ShardStore, merge, metrics_of, previews_of
 from rlhf_flows.pools.transport import ObjectStoreTransport
-from rlhf_flows.pools.user_code import checked_output, naming, naming_columns, seed_everything
+from rlhf_flows.pools.user_code import (
+    call_hook,
+    checked_output,
+    naming,
+    naming_columns,
+    seed_everything,
+)
 from rlhf_flows.store import ObjectStore, RunLayout, check_fence, open_store
 
 __all__ = ["Worker"]
@@ -63,6 +69,8 @@ class Worker:
         self._clean = True
         self._ready = False
         self._datasets = Datasets()
+        self._begun: int | None = None
+        """The episode that the module was told of last."""
         self._episode: EpisodeTraining | None = None
         self._sent: WeightsSource | None = None
         self._digest: str | None = None
@@ -175,18 +183,24 @@ class Worker:
             ready=self._ready,
             version=self._version,
             clean=self._clean,
-            datasets=self._datasets.digests(),
+            datasets=self._datasets.known(),
         )
 
     def heartbeat(self, attempt: int) -> None:
         self._enter(attempt)
 
-    def load_dataset(self, attempt: int, kind: str, digest: str, rows: Sequence[Any]) -> int:
-        """Builds the dataset of the flow that starts with this module; returns its length."""
+    def load_dataset(
+        self, attempt: int, kind: str, digest: str, rows: Sequence[Any], parts: Sequence[int] = ()
+    ) -> tuple[int, ...]:
+        """Builds the dataset of the flow that starts with this module.
+
+        Returns the number of its items; of each part, where `parts` says how many of the rows
+        belong to each of several datasets.
+        """
         with self._working(attempt):
-            dataset = self._module.build_dataset(rows, is_eval=kind == "eval")
+            dataset = build(self._module, rows, parts=parts, is_eval=kind == "eval")
             self._datasets.set(kind, digest, dataset)
-            return len(dataset)
+            return self._datasets.sizes(kind)
 
     # ---- forward --------------------------------------------------------------------------
 
@@ -201,7 +215,7 @@ class Worker:
 
     def _forward(self, call: ForwardCall, batches: list[Batch]) -> tuple[Any, Any, NodeReport]:
         started = time.perf_counter()
-        if call.version is not None and call.version != self._version:
+        if call.version is not None and not (call.version == self._version and self._clean):
             raise PoolError(
                 f"{self._module.name!r} holds policy version {self._version}, shard"
                 f" {call.shard} of episode {call.episode} asks for version {call.version}"
@@ -210,6 +224,7 @@ class Worker:
         inputs = [source if i == SOURCE else batches[i] for i in call.inputs]
         data = merge([b for b in inputs if b is not None])
         rows = batch_size(data)
+        self._begin_episode(call)
         self._seed(f"{call.phase}/{call.episode}/{call.shard}")
         output = self._call_user(call, data, rows)
         plan = {k: data[k] for k in _PLAN_COLUMNS if k in data}
@@ -239,6 +254,14 @@ class Worker:
             report, seconds=seconds, metrics=metrics_of(result), previews=previews_of(result)
         )
         return table, kept, report
+
+    def _begin_episode(self, call: ForwardCall) -> None:
+        if call.phase == "evaluation" or call.episode == self._begun:
+            return
+        self._begun = call.episode
+        self._seed(f"{call.phase}/{call.episode}")
+        with naming(self._module.name, "before_episode", call.phase, call.episode, 0, None):
+            call_hook(self._module.before_episode, call.episode)
 
     def _call_user(self, call: ForwardCall, data: Batch, rows: int) -> Batch:
         method: Callable[..., Any] = getattr(self._module, call.method)

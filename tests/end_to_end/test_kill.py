@@ -93,6 +93,29 @@ def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
     assert in_flight <= 8 * len([p for p in POINTS if "rollout" in p or "evaluation" in p])
 
 
+@pytest.mark.slow  # another victim
+def test_the_actors_of_a_run_that_was_killed_when_all_was_done_are_ended_by_the_next_attempt(
+    store: Path, released: str
+) -> None:
+    log = store / "done.calls"
+    once: dict[str, Any] = {"address": released, "num_episode": 1}
+    code = run_victim(store, "done", log, die="finished evaluation 1", **once)
+    assert code == -signal.SIGKILL, (store / "done.log").read_text()[-3000:]
+    assert len(_actors_of("done")) == 3
+    learn(toy_engine(log=log), store, "done", **once)
+    deadline = time.monotonic() + 20
+    while _actors_of("done") and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert _actors_of("done") == []
+
+
+def _actors_of(run: str) -> list[str]:
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    return [actor["name"] for actor in actors if actor["namespace"].endswith(f"/{run}")]
+
+
 @pytest.mark.slow  # two heads and two servers start: a minute
 def test_a_run_with_services_of_its_own_starts_cold_after_a_kill_and_leaves_no_process(
     store: Path, undisturbed: str

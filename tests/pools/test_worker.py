@@ -35,7 +35,7 @@ def worker_of(module: Any, store: Path, **changes: Any) -> Worker:
 @pytest.fixture
 def policy(tmp_path: Path) -> Worker:
     worker = worker_of(ToyPolicy("policy"), tmp_path)
-    assert worker.load_dataset(1, "train", "digest", ROWS) == 32
+    assert worker.load_dataset(1, "train", "digest", ROWS) == (32,)
     return worker
 
 
@@ -441,9 +441,9 @@ def test_a_failed_load_of_weights_leaves_no_version(tmp_path: Path) -> None:
 
 
 def test_datasets_are_known_by_their_digest(policy: Worker) -> None:
-    assert policy.state().datasets == (("train", "digest"),)
+    assert policy.state().datasets == (("train", "digest", (32,)),)
     policy.load_dataset(1, "train", "another", ROWS[:3])
-    assert policy.state().datasets == (("train", "another"),)
+    assert policy.state().datasets == (("train", "another", (3,)),)
 
 
 def test_options_and_iteration_reach_the_method(tmp_path: Path) -> None:

@@ -1,0 +1,54 @@
+import torch
+
+from examples.megatron.models.letters import NextLetter, PromptDataset, encode
+from rlhf_flows import MegatronModule
+
+
+class PolicyReference(MegatronModule):
+    def __init__(self, name):
+        """
+        Args:
+            name: model name
+        """
+
+    def setup(self):
+        """
+        1. define model, self.model = xxx
+        2. init global variables, etc.
+        3. for training model, define optimizer, self.optimizer = xxx
+        4. init model parameters
+        """
+        self.model = NextLetter()
+
+    @torch.no_grad()
+    def forward_step(self, data, iteration=0):
+        """
+        Perform forward step for one batch
+        Args:
+            data: one batch for forward_step, type is dict
+            iteration: iteration id for current step
+        Returns:
+            k/v dict
+        """
+        if "chosen" in data:  # a pair for DPO
+            logprobs = {
+                f"ref_{which}": self.model.logprobs(data["query"], data[which]).sum(-1)
+                for which in ("chosen", "rejected")
+            }
+            return {**data, **logprobs}
+        if "response" not in data:  # prompts alone: they are what is to be learned
+            query, response = data["query"][:, :1], data["query"][:, 1:]
+            data = {"query": query, "response": response}
+        return {**data, "ref_logprobs": self.model.logprobs(data["query"], data["response"])}
+
+    def build_dataset(self, train_prompts, is_eval=False):
+        """
+        Build prompt dataset. The implementation of build_dataset is exclusive to PolicyInference, whereas other models are not required to adopt it.
+
+        Args:
+            train_prompts: prompts provided by DPOEngine.set_dataset(train_prompts)
+            is_eval: eval mode
+        Returns:
+            torch.utils.data.Dataset with user-defined collate_fn (see `Dataset`)
+        """  # noqa: E501
+        return PromptDataset([encode(prompt) for prompt in train_prompts])

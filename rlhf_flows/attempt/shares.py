@@ -1,0 +1,133 @@
+"""How many processes each module gets, and what each of them reserves.
+
+ChatLearn's rules, where numbers of replicas and ranks are not said: a module has as many processes
+as its GPUs (or CPUs) hold; a trained one is one replica with all of them as data-parallel ranks;
+any other is as many replicas as its parallel sizes leave.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+
+from rlhf_flows.config import EngineConfig, ModelConfig
+from rlhf_flows.errors import ConfigError
+
+__all__ = ["Share", "shares_of"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What one module gets."""
+
+    num_replica: int
+    ranks_per_replica: int
+    gpu_per_process: float
+    cpu_per_process: float
+    memory_per_process: int
+
+    @property
+    def num_processes(self) -> int:
+        return self.num_replica * self.ranks_per_replica
+
+
+def shares_of(
+    config: EngineConfig, names: Collection[str], *, trained: Collection[str]
+) -> Mapping[str, Share]:
+    """The share of each module. Raises ConfigError where the numbers do not agree."""
+    groups = {name: group for group in config.runtime.colocation for name in group}
+    for name in groups:
+        if name not in names:
+            raise ConfigError(
+                f"runtime.colocation names {name!r}, which no flow calls: the engine's modules are"
+                f" {', '.join(sorted(names))}"
+            )
+    return {
+        name: _share(
+            name,
+            config.for_model(name),
+            is_trained=name in trained,
+            sharers=len(groups.get(name, (name,))),
+        )
+        for name in names
+    }
+
+
+def _share(name: str, model: ModelConfig, *, is_trained: bool, sharers: int) -> Share:
+    where = f"models.{name}"
+    if model.trainable is not None and model.trainable != is_trained:
+        raise ConfigError(
+            f"{where}.trainable is {str(model.trainable).lower()}, but the trainer's flow"
+            f" {'trains' if is_trained else 'does not train'} it: leave the setting out, or change"
+            " the flow"
+        )
+    parallel = (
+        model.tensor_model_parallel_size
+        * model.pipeline_model_parallel_size
+        * model.expert_model_parallel_size
+    )
+    replicas, ranks = model.num_replica, model.ranks_per_replica
+    if is_trained and replicas is not None and replicas > 1:
+        raise ConfigError(
+            f"{where}.num_replica is {replicas}, but it is trained: a trained module has one"
+            " replica, with data-parallel ranks inside (ranks_per_replica)"
+        )
+    if is_trained:
+        replicas = 1
+    if ranks is not None and ranks % parallel:
+        raise ConfigError(
+            f"{where}.ranks_per_replica={ranks} is not a multiple of its parallel sizes'"
+            f" product, {parallel}"
+        )
+    processes = _processes(where, model, replicas, ranks)
+    if ranks is None:
+        ranks = processes if is_trained else parallel
+        if ranks % parallel:
+            raise ConfigError(
+                f"{where} has {ranks} processes, which its parallel sizes' product {parallel} does"
+                " not divide: change num_gpu or the sizes"
+            )
+    if replicas is None:
+        if processes % ranks:
+            raise ConfigError(
+                f"{where} has {processes} processes and replicas of {ranks}: change num_gpu to a"
+                f" multiple of {ranks}"
+            )
+        replicas = processes // ranks
+    # What is reserved is what was asked for in all, however many processes were asked for.
+    gpu = model.gpu_per_process or (model.num_gpu / (replicas * ranks))
+    cpu = model.cpu_per_process or (model.num_cpu / (replicas * ranks))
+    return Share(
+        num_replica=replicas,
+        ranks_per_replica=ranks,
+        gpu_per_process=(gpu if model.num_gpu else 0.0) / sharers,
+        cpu_per_process=cpu if model.num_cpu else 0.0,
+        memory_per_process=model.memory_bytes,
+    )
+
+
+def _processes(where: str, model: ModelConfig, replicas: int | None, ranks: int | None) -> int:
+    """Processes of the module: as many as are said, else as its GPUs hold, else its CPUs."""
+    said = None if replicas is None or ranks is None else replicas * ranks
+    if said is not None:
+        return said
+    for kind, total, each in (
+        ("gpu", model.num_gpu, model.gpu_per_process),
+        ("cpu", model.num_cpu, model.cpu_per_process),
+    ):
+        if not total:
+            continue
+        one = each or min(1.0, total)
+        count = total / one
+        if abs(count - round(count)) > 1e-9:
+            raise ConfigError(
+                f"{where}.num_{kind}={total:g} is not a multiple of"
+                f" {where}.{kind}_per_process={one:g}"
+            )
+        return round(count)
+    parallel = (
+        model.tensor_model_parallel_size
+        * model.pipeline_model_parallel_size
+        * model.expert_model_parallel_size
+    )
+    return (replicas or 1) * (ranks or parallel)
