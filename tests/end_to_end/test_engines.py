@@ -220,6 +220,10 @@ def test_evaluation_asks_each_model_in_turn(store: Path) -> None:
     engine = EvalEngine(models).set_dataset(ROWS[:16])
     found = learn(engine, store, "eval").evaluations[0]
     assert found["verdict"] == pytest.approx(found["exact"])
+    batches = engine.evaluate()  # those that are there
+    assert list(batches) == ["policy", "reward", "judge"]
+    verdicts = torch.cat([batch["verdict"] for batch in batches["judge"]])
+    assert float(verdicts.mean()) == pytest.approx(found["verdict"])
     with pytest.raises(ConfigError, match="without models"):
         EvalEngine([])
 
