@@ -15,10 +15,10 @@ Nothing is downloaded. Each step is a run of its own: NAME-warmup, NAME-reward, 
 
 Seen on two cores that others used as well, 249 s in all (vLLM as the sampler): the reward model is
 right on 98.8 % of the held-out pairs; on 256 held-out prompts the learnt reward rises from -0.34 to
-2.45 within ten episodes, and 86.3 % are sorted exactly after 34.0 %. Killed in the fifth episode and
-started again, it ended with the same weights, bit for bit. With a smaller penalty (`kl_coef` 0.05)
-and preferences without near misses, the learnt reward rose to 2.8 while exactly sorted ones went
-from 32 % up to 60 % and down again to 42 %: a reward that is fooled looks like success.
+2.45 within ten episodes, and 86.3 % are sorted exactly after 34.0 %. Killed in the fifth episode
+and started again, it ended with the same weights, bit for bit. With a smaller penalty (`kl_coef`
+0.05) and preferences without near misses, the learnt reward rose to 2.8 while exactly sorted ones
+went from 32 % up to 60 % and down again to 42 %: a reward that is fooled looks like success.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_flows.data import StreamDataset
+    from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
     from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
     from rlhf_flows.engines import (
         DPOEngine,
@@ -40,12 +40,14 @@ __all__ = [
     "DeepSpeedModule",
     "Engine",
     "Environment",
+    "EpisodeRelayBuffer",
     "EvalEngine",
     "Evaluator",
     "GRPOEngine",
     "MegatronModule",
     "OnlineDPOEngine",
     "RLHFEngine",
+    "RelaySampleManager",
     "RewardModelEngine",
     "SFTEngine",
     "StreamDataset",
@@ -58,24 +60,26 @@ __all__ = [
 
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
-    "DPOEngine": "rlhf_flows.engines",
     "ControlDependencies": "rlhf_flows.graph",
+    "DPOEngine": "rlhf_flows.engines",
     "DeepSpeedModule": "rlhf_flows.modules",
-    "MegatronModule": "rlhf_flows.modules",
-    "init": "rlhf_flows.initialization",
     "Engine": "rlhf_flows.engine",
     "Environment": "rlhf_flows.engine",
+    "EpisodeRelayBuffer": "rlhf_flows.data",
     "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
     "GRPOEngine": "rlhf_flows.engines",
+    "MegatronModule": "rlhf_flows.modules",
     "OnlineDPOEngine": "rlhf_flows.engines",
     "RLHFEngine": "rlhf_flows.engines",
+    "RelaySampleManager": "rlhf_flows.data",
     "RewardModelEngine": "rlhf_flows.engines",
     "SFTEngine": "rlhf_flows.engines",
     "StreamDataset": "rlhf_flows.data",
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
+    "init": "rlhf_flows.initialization",
 }
 
 

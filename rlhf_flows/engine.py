@@ -96,7 +96,13 @@ class Engine:
         return part
 
     def set_relay_sample_manager(self, relay: Callable[[Any], Any]) -> Self:
-        """What training of an episode takes is what `relay` returns: see `rlhf_flows.relay`."""
+        """Training of an episode takes what `relay` returns.
+
+        It is given the last `runtime.max_relay_episode` episodes, each an `EpisodeRelayBuffer` of
+        samples (dicts), the newest last, and returns a list of samples. It runs in the trainer's
+        worker, from episode `runtime.relay_episode_offset` on, and must depend on its argument
+        alone. The samples stay in the store as they were sampled.
+        """
         if not callable(relay):
             raise ConfigError(
                 f"set_relay_sample_manager was given a {type(relay).__name__}, expected a function"

@@ -50,6 +50,7 @@ def check(description: Description) -> Checked:
                 " use a second module that follows it (set_parameter_sync), or set it to 0"
             )
     shares = shares_of(description.config, modules, trained=trained)
+    _check_relay(description)
     if description.config.cluster.address is None:
         check_fits_here(description.config, shares)
     for module in modules.values():
@@ -142,6 +143,25 @@ def _check_syncs(
     for name in targets:
         if targets.count(name) > 1:
             raise ConfigError(f"{name!r} follows two trainers: a module takes weights of one")
+
+
+def _check_relay(description: Description) -> None:
+    most = description.config.runtime.max_relay_episode
+    if most and description.relay is None:
+        raise ConfigError(
+            f"runtime.max_relay_episode is {most}, but the engine has no relay function: give it"
+            " one with set_relay_sample_manager, or set it to 0"
+        )
+    if description.relay is not None and not most:
+        raise ConfigError(
+            "the engine has a relay function, but runtime.max_relay_episode is 0, so it is never"
+            " asked: set it to the number of episodes that it is to be shown, -1 for all"
+        )
+    if most and (description.environment is None or description.trainer is None):
+        raise ConfigError(
+            "a relay function chooses from the samples of an environment for a trainer, and this"
+            " engine lacks one of them: leave it out"
+        )
 
 
 def _check_trainer(graph: Graph) -> None:
