@@ -38,7 +38,7 @@ from rlhf_flows.tasks.evaluation import evaluated_batches
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.runtime import SyncPair
 
-__all__ = ["Engine", "Environment", "Evaluator", "GRPOEngine", "SFTEngine", "Trainer"]
+__all__ = ["Engine", "Environment", "Evaluator", "Trainer"]
 
 T = TypeVar("T")
 
@@ -289,54 +289,6 @@ class Engine:
             relay=self._relay,
             only_evaluates=only_evaluates,
         )
-
-
-class GRPOEngine(Engine):
-    """Group relative policy optimization (arXiv 2402.03300): policy, reward, trainer.
-
-    The reference is needed where the loss has a KL term.
-    """
-
-    def __init__(
-        self,
-        policy: BaseModule,
-        policy_trainer: BaseModule,
-        reward: BaseModule,
-        reference: BaseModule | None = None,
-        name: str = "grpo",
-    ) -> None:
-        def env_flow(batch: Any) -> Any:
-            sampled = policy.forward_step(batch)
-            scored = reward.forward_step(sampled)
-            if reference is None:
-                return sampled, scored
-            return sampled, reference.forward_step(sampled), scored
-
-        def trainer_flow(batch: Any) -> None:
-            policy_trainer.train_step(batch)  # type: ignore[call-arg]
-
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
-        self._policy, self._reward = policy, reward
-        self.set_parameter_sync(policy_trainer, policy)
-
-    def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
-        """Held-out prompts: evaluation samples from the policy and asks the same reward."""
-
-        def eval_flow(batch: Any) -> Any:
-            sampled = self._policy.eval_step(batch)
-            return sampled, self._reward.eval_step(sampled)
-
-        return self.set_evaluator(Evaluator(eval_flow).set_dataset(dataset))
-
-
-class SFTEngine(Engine):
-    """Supervised fine-tuning: a dataset and a trainer, no environment."""
-
-    def __init__(self, trainer: BaseModule, name: str = "sft") -> None:
-        def trainer_flow(batch: Any) -> None:
-            trainer.train_step(batch)  # type: ignore[call-arg]
-
-        super().__init__(None, Trainer(trainer_flow), name=name)
 
 
 def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -29,7 +29,8 @@ def test_what_is_refused_is_no_field_and_what_the_guide_names_is_one() -> None:
     for line in same.splitlines()[2:]:
         first, *others = (word.strip("` ") for word in line.split("|")[1].split(","))
         section, _, _ = first.partition(".")
-        names = [first.rpartition(".")[2] if "batch_generation" not in first else "batch_generation"]
+        is_nested = "batch_generation" in first
+        names = ["batch_generation" if is_nested else first.rpartition(".")[2]]
         names += [other for other in others if not other.endswith("…")]
         model = {"models": ModelConfig, "runtime": RuntimeConfig, "runtime_env": RuntimeEnvConfig}
         for name in names:

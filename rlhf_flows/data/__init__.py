@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         sample_seed,
         training_batches,
     )
+    from rlhf_flows.data.preferences import PreferenceDataset, pair_rows
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
     from rlhf_flows.data.quarantine import Blamed, Quarantine
     from rlhf_flows.data.relay import EpisodeRelayBuffer, RelaySampleManager, relayed
@@ -57,6 +58,7 @@ __all__ = [
     "EpisodeRelayBuffer",
     "GroupRef",
     "PlannedShard",
+    "PreferenceDataset",
     "PromptDataset",
     "Quarantine",
     "RelaySampleManager",
@@ -74,6 +76,7 @@ __all__ = [
     "keep_samples",
     "load_rows",
     "make_plan",
+    "pair_rows",
     "parquet_metadata",
     "permutation",
     "prompt_text",
@@ -104,6 +107,7 @@ _HOME = {
         "sample_seed",
         "training_batches",
     ],
+    "preferences": ["PreferenceDataset", "pair_rows"],
     "prompts": ["PromptDataset", "prompt_text"],
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],

@@ -20,7 +20,7 @@ from rlhf_flows import (
     Evaluator,
     Trainer,
 )
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import ConfigError, DataError, RunCancelledError
 from tests.end_to_end.whole_run import (
     RUNTIME,
