@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from rlhf_flows.data import Batch
 from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.base import BaseModule
@@ -209,6 +210,10 @@ class EvalEngine(Engine):
         if not several:
             raise ConfigError("an EvalEngine without models has nothing to ask: give it one")
         super().__init__(None, None, _evaluator(*several), name=name)
+
+    def eval(self, **settings: Any) -> dict[str, list[Batch]]:
+        """`Engine.evaluate`, as ChatLearn calls it."""
+        return self.evaluate(**settings)
 
 
 def _evaluator(*models: BaseModule) -> Evaluator:

@@ -167,14 +167,22 @@ class CausalLMModule(TorchModule):
         return found
 
     def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
-        """`rows` of the batch in micro-batches, this rank's share of them."""
+        """`rows` of the batch in micro-batches, this rank's share of them.
+
+        By `runtime.train_micro_batch_size` rows where the run asks for it, else by tokens:
+        `runtime.train_micro_batch_tokens`, or the module's own `micro_batch_tokens`.
+        """
+        asked = self.runtime_args
+        if size := asked.get("train_micro_batch_size"):
+            parts = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+            return parts[self.rank :: self.world_size]
         prompts, responses = data["prompt_ids"], data["response_ids"]
         groups = groups_of(data)
         bins = cut_rows(
             [prompts[i] for i in rows],
             [responses[i] for i in rows],
             None if groups is None else [groups[i] for i in rows],
-            budget=self.micro_batch_tokens,
+            budget=asked.get("train_micro_batch_tokens") or self.micro_batch_tokens,
             multiple=self.lanes.count * self.world_size,
         )
         # Bins come longest first, so dealing them out in turn gives ranks about equal work.

@@ -30,16 +30,20 @@ class PolicyReference(MegatronModule):
         Returns:
             k/v dict
         """
-        if "chosen" in data:  # a pair for DPO
-            logprobs = {
-                f"ref_{which}": self.model.logprobs(data["query"], data[which]).sum(-1)
-                for which in ("chosen", "rejected")
-            }
-            return {**data, **logprobs}
-        if "response" not in data:  # prompts alone: they are what is to be learned
-            query, response = data["query"][:, :1], data["query"][:, 1:]
-            data = {"query": query, "response": response}
-        return {**data, "ref_logprobs": self.model.logprobs(data["query"], data["response"])}
+        if "response" in data:
+            return {**data, "ref_logprobs": self.model.logprobs(data["query"], data["response"])}
+        # Prompts alone: of two orders of their letters, the one up the alphabet is preferred.
+        query, letters = data["query"][:, :1], data["query"]
+        pairs = {
+            "query": query,
+            "chosen": letters.sort(dim=1).values,
+            "rejected": letters.sort(dim=1, descending=True).values,
+        }
+        logprobs = {
+            f"ref_{which}": self.model.logprobs(query, pairs[which]).sum(-1)
+            for which in ("chosen", "rejected")
+        }
+        return {**pairs, **logprobs}
 
     def build_dataset(self, train_prompts, is_eval=False):
         """

@@ -32,9 +32,13 @@ class PolicyTrainer(MegatronModule):
         return {"policy_loss": total}
 
     def loss(self, batch):
+        if "chosen" in batch:  # DPO: arXiv 2305.18290, eq. 7
+            chosen, rejected = (
+                self.model.logprobs(batch["query"], batch[which]).sum(-1) - batch[f"ref_{which}"]
+                for which in ("chosen", "rejected")
+            )
+            return -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected)).mean()
         logprobs = self.model.logprobs(batch["query"], batch["response"])
-        if "rewards" not in batch:  # supervised: the response is what is wanted
-            return -logprobs.mean()
         advantages = batch["rewards"] - batch["rewards"].mean()
         if "values" in batch:
             advantages = batch["rewards"] - batch["values"].mean(-1)
