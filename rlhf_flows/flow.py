@@ -204,13 +204,17 @@ class _Phases:
         """Lets go of what was to be evaluated yet when the last version was committed, and of what
         an attempt did not come to that was killed after its last commit."""
         await self._after(("training", self.last - 1))
-        evaluations = [("evaluation", v) for v in range(self.last + 1)]
-        await self._after(("retention", self.last), *evaluations)
+        versions = range(self.last + 1)
+        readers = [(phase, v) for phase in ("sync", "evaluation") for v in versions]
+        await self._after(("retention", self.last), *readers)
         await self._retain(self.last)
 
     async def _retain(self, newest: int) -> None:
         due = {v for v in range(1, newest + 1) if self.is_evaluated(v)}
         needed = due - self._evaluated_versions() - self.evaluations.keys()
+        # Where nothing samples from what follows, as beside a reward model's training, training
+        # does not wait for it: a version may be several behind when it is its turn.
+        needed |= {v for (phase, v), t in self._done.items() if phase == "sync" and not t.done()}
         try:
             await retain(self.runtime, newest=newest, needed=needed)
         except TransientError as e:

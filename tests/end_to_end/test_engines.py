@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -248,3 +249,20 @@ def test_a_reward_model_is_trained_and_evaluated_on_held_out_pairs(store: Path) 
     bare = RewardModelEngine(PairTrainer("trainer"))
     with pytest.raises(ConfigError, match=r"RewardModelEngine\(trainer, RewardModel"):
         bare.set_eval_dataset(PAIRS)
+
+
+class Slow(Preferring):
+    """Is behind its trainer by versions."""
+
+    def load_weights(self, weights: Any) -> None:
+        time.sleep(0.5)
+        super().load_weights(weights)
+
+
+def test_weights_are_kept_until_a_slow_follower_has_them(store: Path) -> None:
+    engine = RewardModelEngine(PairTrainer("trainer"), Slow("reward"))
+    engine.set_dataset(PAIRS).set_eval_dataset(PAIRS[:4])
+    result = learn(engine, store, "slow", num_inference_per_prompt=1, num_episode=5, keep_last=1)
+    assert result.evaluations[5]["accuracy"] == 1.0
+    left = {path.parts[-3] for path in (store / "slow/weights").glob("version=*/*/*")}
+    assert left == {"version=000005"}
