@@ -144,8 +144,15 @@ def _collated(dataset: Any, samples: list[Any]) -> Batch:
                     " give the dataset a collate_fn"
                 )
         return collate(samples)
-    batch = collate_fn(Samples(samples))
     name = f"collate_fn of {type(dataset).__name__}"
+    try:
+        batch = collate_fn(Samples(samples))
+    except RlhfFlowsError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f"{name} failed ({type(e).__name__}: {e}): look at what it expects of an item"
+        ) from e
     if not isinstance(batch, Mapping):
         raise DataError(
             f"{name} returned a {type(batch).__name__}, expected a dict of columns, each with a"
