@@ -508,6 +508,11 @@ def a_relay_that_is_no_function(_: Path) -> None:
     sound().set_relay_sample_manager([])  # type: ignore[arg-type]
 
 
+@says("a relay function is set", "not trained on again yet", "leave out set_relay_sample_manager")
+def a_relay_function_that_would_be_ignored(_: Path) -> None:
+    sound().set_relay_sample_manager(lambda episodes: episodes[-1]).check()
+
+
 @says("set_dataset was called on an engine with neither", "give it one first")
 def a_dataset_for_nobody(_: Path) -> None:
     Engine().set_dataset(ROWS)
