@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.data.rows import load_rows
 from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.function_reward import FunctionReward
 from rlhf_flows.models.policy_trainer import PolicyTrainer

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
-from rlhf_flows.engine import SFTEngine
+from rlhf_flows.engines import SFTEngine
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
 from rlhf_flows.tasks.progress import Progress

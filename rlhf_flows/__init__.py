@@ -10,8 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_flows.data import StreamDataset
-    from rlhf_flows.engine import Engine, Environment, Evaluator, GRPOEngine, SFTEngine, Trainer
+    from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
+    from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
+    from rlhf_flows.engines import (
+        DPOEngine,
+        EvalEngine,
+        GRPOEngine,
+        OnlineDPOEngine,
+        RewardModelEngine,
+        RLHFEngine,
+        SFTEngine,
+    )
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
     from rlhf_flows.modules import (
@@ -27,12 +36,19 @@ __version__ = "0.1.0"
 __all__ = [
     "BaseModule",
     "ControlDependencies",
+    "DPOEngine",
     "DeepSpeedModule",
     "Engine",
     "Environment",
+    "EpisodeRelayBuffer",
+    "EvalEngine",
     "Evaluator",
     "GRPOEngine",
     "MegatronModule",
+    "OnlineDPOEngine",
+    "RLHFEngine",
+    "RelaySampleManager",
+    "RewardModelEngine",
     "SFTEngine",
     "StreamDataset",
     "TorchModule",
@@ -45,18 +61,25 @@ __all__ = [
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
     "ControlDependencies": "rlhf_flows.graph",
+    "DPOEngine": "rlhf_flows.engines",
     "DeepSpeedModule": "rlhf_flows.modules",
-    "MegatronModule": "rlhf_flows.modules",
-    "init": "rlhf_flows.initialization",
     "Engine": "rlhf_flows.engine",
     "Environment": "rlhf_flows.engine",
+    "EpisodeRelayBuffer": "rlhf_flows.data",
+    "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
-    "GRPOEngine": "rlhf_flows.engine",
-    "SFTEngine": "rlhf_flows.engine",
+    "GRPOEngine": "rlhf_flows.engines",
+    "MegatronModule": "rlhf_flows.modules",
+    "OnlineDPOEngine": "rlhf_flows.engines",
+    "RLHFEngine": "rlhf_flows.engines",
+    "RelaySampleManager": "rlhf_flows.data",
+    "RewardModelEngine": "rlhf_flows.engines",
+    "SFTEngine": "rlhf_flows.engines",
     "StreamDataset": "rlhf_flows.data",
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
+    "init": "rlhf_flows.initialization",
 }
 
 

@@ -274,7 +274,8 @@ class RuntimeConfig(Settings):
     max_relay_episode: int = Field(
         default=0,
         ge=-1,
-        description="Earlier episodes whose samples the relay function is shown; -1 all, 0 none.",
+        description="How many of the last episodes, this one among them, the relay function is"
+        " shown; -1 all, 0 none: it is not asked.",
     )
     relay_episode_offset: int = Field(
         default=0, ge=0, description="The first episode that the relay function is asked for."

@@ -38,7 +38,7 @@ from rlhf_flows.tasks.evaluation import evaluated_batches
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.runtime import SyncPair
 
-__all__ = ["Engine", "Environment", "Evaluator", "GRPOEngine", "SFTEngine", "Trainer"]
+__all__ = ["Engine", "Environment", "Evaluator", "Trainer"]
 
 T = TypeVar("T")
 PartT = TypeVar("PartT", bound=Part)
@@ -97,7 +97,13 @@ class Engine:
         return part
 
     def set_relay_sample_manager(self, relay: Callable[[Any], Any]) -> Self:
-        """What training of an episode takes is what `relay` returns: see `rlhf_flows.relay`."""
+        """Training of an episode takes what `relay` returns.
+
+        It is given the last `runtime.max_relay_episode` episodes, each an `EpisodeRelayBuffer` of
+        samples (dicts), the newest last, and returns a list of samples. It runs in the trainer's
+        worker, from episode `runtime.relay_episode_offset` on, and must depend on its argument
+        alone. The samples stay in the store as they were sampled.
+        """
         if not callable(relay):
             raise ConfigError(
                 f"set_relay_sample_manager was given a {type(relay).__name__}, expected a function"
@@ -304,54 +310,6 @@ def _part(kind: type[PartT], part: PartT | None) -> PartT | None:
             f" the flow function, {kind.__name__}(flow)"
         )
     return part
-
-
-class GRPOEngine(Engine):
-    """Group relative policy optimization (arXiv 2402.03300): policy, reward, trainer.
-
-    The reference is needed where the loss has a KL term.
-    """
-
-    def __init__(
-        self,
-        policy: BaseModule,
-        policy_trainer: BaseModule,
-        reward: BaseModule,
-        reference: BaseModule | None = None,
-        name: str = "grpo",
-    ) -> None:
-        def env_flow(batch: Any) -> Any:
-            sampled = policy.forward_step(batch)
-            scored = reward.forward_step(sampled)
-            if reference is None:
-                return sampled, scored
-            return sampled, reference.forward_step(sampled), scored
-
-        def trainer_flow(batch: Any) -> None:
-            policy_trainer.train_step(batch)  # type: ignore[call-arg]
-
-        super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
-        self._policy, self._reward = policy, reward
-        self.set_parameter_sync(policy_trainer, policy)
-
-    def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
-        """Held-out prompts: evaluation samples from the policy and asks the same reward."""
-
-        def eval_flow(batch: Any) -> Any:
-            sampled = self._policy.eval_step(batch)
-            return sampled, self._reward.eval_step(sampled)
-
-        return self.set_evaluator(Evaluator(eval_flow).set_dataset(dataset))
-
-
-class SFTEngine(Engine):
-    """Supervised fine-tuning: a dataset and a trainer, no environment."""
-
-    def __init__(self, trainer: BaseModule, name: str = "sft") -> None:
-        def trainer_flow(batch: Any) -> None:
-            trainer.train_step(batch)  # type: ignore[call-arg]
-
-        super().__init__(None, Trainer(trainer_flow), name=name)
 
 
 def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:

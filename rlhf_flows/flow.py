@@ -149,9 +149,11 @@ class _Phases:
 
     # ---- the phases and their edges -------------------------------------------------------
 
+    def _syncs_before(self, episode: int) -> list[tuple[str, int]]:
+        return [("sync", v) for v in set(self.runtime.sampling_versions(episode).values())]
+
     async def _rollout(self, episode: int) -> None:
-        version = self.runtime.sampling_version(episode)
-        await self._after(("sync", version), ("rollout", episode - 1))
+        await self._after(*self._syncs_before(episode), ("rollout", episode - 1))
         if self.runtime.trained_in("rollout"):
             await self._after(("training", episode - 1))
         data = await self.runtime.episode(episode)
@@ -164,8 +166,7 @@ class _Phases:
     async def _scoring(self, episode: int) -> None:
         await self._after(("scoring", episode - 1))
         if not self.runtime.rollout_nodes:
-            version = self.runtime.sampling_version(episode)
-            await self._after(("sync", version))
+            await self._after(*self._syncs_before(episode))
         if self.runtime.trained_in("scoring"):
             await self._after(("training", episode - 1))
         data = await self.runtime.episode(episode)
@@ -241,7 +242,11 @@ class _Phases:
     # ---- what is evaluated ----------------------------------------------------------------
 
     def is_synced(self, version: int) -> bool:
-        return version % self.runtime.config.runtime.sync_frequency == 0 or version == self.last
+        """Whether any module that follows a trainer is brought to `version`."""
+        if not self.runtime.syncs:
+            every = self.runtime.config.runtime.sync_frequency
+            return version % every == 0 or version == self.last
+        return any(self.runtime.is_due(pair.target, version) for pair in self.runtime.syncs)
 
     def is_evaluated(self, version: int) -> bool:
         settings = self.runtime.config.runtime

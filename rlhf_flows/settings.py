@@ -10,7 +10,16 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-__all__ = ["GRPOSettings", "OptimizerSettings", "SFTSettings", "Settings"]
+__all__ = [
+    "DPOSettings",
+    "GRPOSettings",
+    "OptimizerSettings",
+    "PPOSettings",
+    "PolicySettings",
+    "RewardModelSettings",
+    "SFTSettings",
+    "Settings",
+]
 
 
 class Settings(BaseModel):
@@ -73,17 +82,9 @@ class OptimizerSettings(Settings):
         return self
 
 
-class GRPOSettings(Settings):
-    """GRPO (arXiv 2402.03300) and what others made of it, field by field."""
+class PolicySettings(Settings):
+    """What the clipped policy losses of GRPO and PPO share."""
 
-    advantage_normalization: Literal["group", "batch", "none"] = Field(
-        default="group",
-        description="what a sample's distance from its group's mean is divided by: the standard"
-        " deviation of its group, of the global batch, or nothing (Dr. GRPO, arXiv 2503.20783)",
-    )
-    advantage_eps: float = Field(
-        default=1e-4, gt=0, description="added to the standard deviation that is divided by"
-    )
     clip_low: float = Field(
         default=0.2, gt=0, lt=1, description="ratios below 1 - clip_low earn nothing more"
     )
@@ -91,12 +92,6 @@ class GRPOSettings(Settings):
         default=0.2,
         gt=0,
         description="ratios above 1 + clip_high earn nothing more; 0.28 in DAPO (2503.14476)",
-    )
-    kl_coef: float = Field(
-        default=0.0, ge=0, description="weight of the KL to the reference in the loss; 0: none"
-    )
-    kl_estimator: Literal["k1", "k2", "k3"] = Field(
-        default="k3", description="Schulman's estimators of the KL; k3 is GRPO's"
     )
     aggregation: Literal["token", "sequence", "fixed"] = Field(
         default="token",
@@ -148,6 +143,114 @@ class GRPOSettings(Settings):
                 f"importance={self.importance!r} corrects from behaviour to old logprobs, but"
                 " old_logprobs='behaviour' makes them the same: set importance='none' or"
                 " old_logprobs='trainer'"
+            )
+        return self
+
+
+class GRPOSettings(PolicySettings):
+    """GRPO (arXiv 2402.03300) and what others made of it, field by field."""
+
+    advantage_normalization: Literal["group", "batch", "none"] = Field(
+        default="group",
+        description="what a sample's distance from its group's mean is divided by: the standard"
+        " deviation of its group, of the global batch, or nothing (Dr. GRPO, arXiv 2503.20783)",
+    )
+    advantage_eps: float = Field(
+        default=1e-4, gt=0, description="added to the standard deviation that is divided by"
+    )
+    kl_coef: float = Field(
+        default=0.0, ge=0, description="weight of the KL to the reference in the loss; 0: none"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k3", description="Schulman's estimators of the KL; k3 is GRPO's"
+    )
+
+
+class PPOSettings(PolicySettings):
+    """PPO with the KL to the reference in the reward (InstructGPT, arXiv 2203.02155).
+
+    The trainers of policy and value take the same settings: both make their targets from the same
+    samples by the same rules.
+    """
+
+    kl_coef: float = Field(
+        default=0.05, ge=0, description="weight of the KL to the reference in each token's reward"
+    )
+    kl_estimator: Literal["k1", "k2", "k3"] = Field(
+        default="k1", description="Schulman's estimators of the KL; k1 is InstructGPT's"
+    )
+    score_clip: float | None = Field(
+        default=None, gt=0, description="bound scores to plus and minus this first; null: never"
+    )
+    gamma: float = Field(default=1.0, gt=0, le=1, description="discount of later rewards")
+    lambda_: float = Field(
+        default=0.95,
+        ge=0,
+        le=1,
+        description="of generalized advantage estimation: 0 trusts the value function, 1 the"
+        " rewards alone",
+    )
+    whiten_advantages: bool = Field(
+        default=True,
+        description="advantages of a global batch get mean 0 and standard deviation 1",
+    )
+    value_clip: float | None = Field(
+        default=0.2,
+        gt=0,
+        description="values further than this from their old ones earn nothing more; null: never"
+        " clipped",
+    )
+
+
+class _PairSettings(Settings):
+    max_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        description="longest allowed prompt with one completion; a longer row is refused",
+    )
+    append_eos: bool = Field(
+        default=True, description="end every completion with the tokenizer's end-of-text token"
+    )
+
+
+class RewardModelSettings(_PairSettings):
+    """A reward model learnt from preferences (InstructGPT, arXiv 2203.02155, eq. 1)."""
+
+    use_margin: bool = Field(
+        default=False,
+        description="rows have a number `margin`: how much better the better completion is"
+        " (Llama 2, arXiv 2307.09288)",
+    )
+    center_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the squared sum of a pair's rewards, which keeps them near zero;"
+        " 0.01 is usual (arXiv 2312.09244)",
+    )
+
+
+class DPOSettings(_PairSettings):
+    """Direct preference optimization (arXiv 2305.18290), or IPO (arXiv 2310.12036)."""
+
+    beta: float = Field(
+        default=0.1, gt=0, description="how dear it is to leave the reference; tau in IPO"
+    )
+    kind: Literal["dpo", "ipo"] = Field(
+        default="dpo", description="logistic loss of the margin, or its distance from 1 / 2 beta"
+    )
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=0.5, description="probability that a preference is wrong (cDPO)"
+    )
+    temperature: float = Field(
+        default=1.0, gt=0, description="the sampler's, online: logits are divided by it"
+    )
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if self.kind == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing} belongs to kind='dpo': IPO is bounded"
+                " without it, so leave it out"
             )
         return self
 

@@ -158,10 +158,7 @@ class _Evaluation:
                 index=index,
                 episode=version,
                 key=runtime.layout.evaluation_shard(version, self._digest, index, generation),
-                versions={
-                    **{pair.target: version for pair in runtime.syncs},
-                    **dict.fromkeys(runtime.trained_in("evaluation"), version),
-                },
+                versions=runtime.evaluated_versions(version),
                 groups=tuple((name,) for name in columns["sample_id"]),
                 source=Source(dataset="eval", columns=columns),
             )

@@ -27,11 +27,14 @@ _TOLERANCE = {"float32": 5e-3, "bfloat16": 0.25, "float16": 0.1}
 
 @task(name="param_sync", task_run_name="param sync to version {version}", **PHASE)
 async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
-    """Brings every sampler to `version`. Leaves no record: each attempt asks what is held."""
+    """Brings every sampler that is due to `version`. Leaves no record: each attempt asks what is
+    held.
+    """
     started = time.perf_counter()
-    runtime.progress.started("param_sync", version, len(runtime.syncs))
+    due = [pair for pair in runtime.syncs if runtime.is_due(pair.target, version)]
+    runtime.progress.started("param_sync", version, len(due))
     async with together() as group:
-        syncs = [group.create_task(_sync(runtime, pair, version)) for pair in runtime.syncs]
+        syncs = [group.create_task(_sync(runtime, pair, version)) for pair in due]
     gaps = [sync.result() for sync in syncs]
     seconds = time.perf_counter() - started
     metrics = {"probe_gap": max(found)} if (found := [g for g in gaps if g is not None]) else {}

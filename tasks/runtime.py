@@ -155,11 +155,34 @@ class Runtime:
 
     # ---- plans and streams ----------------------------------------------------------------
 
+    def sampling_versions(self, episode: int) -> dict[str, int]:
+        """The version of each module that follows a trainer, in episode `episode` (design, 5)."""
+        newest = max(0, episode - self.config.runtime.max_staleness)
+        versions = {}
+        for pair in self.syncs:
+            every = self._sync_frequency(pair.target)
+            versions[pair.target] = newest - newest % every if every else 0
+        return versions
+
     def sampling_version(self, episode: int) -> int:
-        """The policy version that samples episode `episode` (design, section 5)."""
-        runtime = self.config.runtime
-        newest = max(0, episode - runtime.max_staleness)
-        return newest - newest % runtime.sync_frequency
+        """The oldest version that episode `episode` is sampled from, where modules are synced."""
+        newest = max(0, episode - self.config.runtime.max_staleness)
+        synced = [v for t, v in self.sampling_versions(episode).items() if self._sync_frequency(t)]
+        return min(synced, default=newest)
+
+    def is_due(self, target: str, version: int) -> bool:
+        """Whether a module is brought to `version` by its param sync; to the last one, too."""
+        every = self._sync_frequency(target)
+        return bool(every) and (version % every == 0 or version == self.num_episode)
+
+    def evaluated_versions(self, version: int) -> dict[str, int]:
+        """What each module holds when policy version `version` is evaluated."""
+        follow = {p.target: version if self._sync_frequency(p.target) else 0 for p in self.syncs}
+        return {**follow, **dict.fromkeys(self.trained_in("evaluation"), version)}
+
+    def _sync_frequency(self, target: str) -> int:
+        said = self.config.for_model(target).sync_frequency
+        return self.config.runtime.sync_frequency if said is None else said
 
     async def episode(self, number: int) -> EpisodeData:
         """The plan of an episode (made and committed if there is none) and its streams."""
@@ -271,7 +294,6 @@ class Runtime:
     def _make_plan(self, number: int, dataset: DatasetInfo) -> EpisodePlan:
         runtime = self.config.runtime
         group = runtime.num_inference_per_prompt
-        version = self.sampling_version(number)
         return make_plan(
             run_seed=runtime.seed,
             episode=number,
@@ -281,7 +303,7 @@ class Runtime:
             group_size=group,
             groups_per_shard=max(1, runtime.samples_per_shard // group),
             shuffle=runtime.data_shuffle,
-            versions={pair.target: version for pair in self.syncs},
+            versions=self.sampling_versions(number),
             parts=dataset.parts,
             ratio=runtime.data_ratio or (),
             lengths=dataset.lengths,

@@ -38,6 +38,7 @@ from rlhf_flows.pools import (
     TrainRows,
 )
 from rlhf_flows.store import ShardPhase, commit_json
+from rlhf_flows.tasks.relay import relay_batches, relay_samples, takes_relayed
 from rlhf_flows.tasks.repair import make_missing, repair
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
@@ -83,6 +84,8 @@ async def _train_episode(
     runtime: Runtime, data: EpisodeData, nodes: Sequence[Node], *, report: bool
 ) -> dict[str, float]:
     """All optimizer steps of one episode; the means of what the modules measured."""
+    if takes_relayed(runtime, data.plan.episode):
+        return await _train_relayed(runtime, data, nodes, report=report)
     settings = runtime.config.runtime
     batches = [
         batch
@@ -117,6 +120,40 @@ async def _train_episode(
     for node in nodes:
         _refuse_blame(data, node, given[node.module])
     return _over_updates(measured)
+
+
+async def _train_relayed(
+    runtime: Runtime, data: EpisodeData, nodes: Sequence[Node], *, report: bool
+) -> dict[str, float]:
+    """The same on what the relay function returns."""
+    count = await relay_samples(runtime, data, nodes)
+    calls = relay_batches(runtime, data.plan.episode, count)
+    measured: list[dict[str, float]] = []
+    if report:
+        runtime.progress.started("training", data.plan.episode, len(calls))
+    for call in calls:
+        async with together() as group:
+            steps = [group.create_task(_relayed_step(runtime, node, call)) for node in nodes]
+        measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
+        if report:
+            runtime.progress.advanced("training", data.plan.episode, call.index + 1)
+    return _over_updates(measured)
+
+
+async def _relayed_step(runtime: Runtime, node: Node, call: TrainCall) -> Mapping[str, float]:
+    pool, replica = _trainer(runtime, node)
+    replica.state = replace(replica.state, clean=False)
+    assert runtime.trainer is not None
+    wants: Any = runtime.trainer.modules[node.module]
+    whole = call.episode_rows if wants.wants_episode(call.num_updates) else None
+    what = f"step {call.index + 1} of {call.num_updates} of training of episode {call.episode}"
+    metrics: Mapping[str, float] = await pool.call(
+        "train",
+        replace(call, method=node.method, episode_rows=whole),
+        what=f"{what} ({node.label})",
+        timeout_s=runtime.config.runtime.train_timeout_s,
+    )
+    return metrics
 
 
 async def _step(
@@ -373,6 +410,10 @@ def _row_counts(
     passes = runtime.config.runtime.num_training_epoch
     planned = passes * data.plan.num_samples
     quarantined = passes * data.quarantine.num_left_out()
+    if takes_relayed(runtime, data.plan.episode):
+        # What is trained is not what was planned: the function said what it is.
+        of_first = "rows" if "rows" in metrics else f"{node.module}/rows"
+        planned, quarantined = round(metrics[of_first]), 0
     given = planned - quarantined
     of_node = "" if "rows" in metrics else f"{node.module}/"
     trained = round(metrics.get(f"{of_node}rows_trained", given))

@@ -39,6 +39,7 @@ FLOORS = {
     "tasks": 7,
     "attempt": 8,
     "engine": 8,
+    "engines": 8,
     "exports": 8,
     "initialization": 8,
     "flow": 8,

@@ -21,7 +21,8 @@ import ray
 from rlhf_flows import initialization
 from rlhf_flows.attempt import running
 from rlhf_flows.chatlearn_options import ELSEWHERE
-from rlhf_flows.engine import Engine, Environment, Evaluator, SFTEngine, Trainer
+from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
+from rlhf_flows.engines import SFTEngine
 from rlhf_flows.errors import UserError
 from rlhf_flows.graph import ControlDependencies
 from rlhf_flows.initialization import init
@@ -508,8 +509,8 @@ def a_relay_that_is_no_function(_: Path) -> None:
     sound().set_relay_sample_manager([])  # type: ignore[arg-type]
 
 
-@says("a relay function is set", "not trained on again yet", "leave out set_relay_sample_manager")
-def a_relay_function_that_would_be_ignored(_: Path) -> None:
+@says("a relay function, but runtime.max_relay_episode is 0", "-1 for all")
+def a_relay_function_that_would_not_be_asked(_: Path) -> None:
     sound().set_relay_sample_manager(lambda episodes: episodes[-1]).check()
 
 
@@ -703,6 +704,17 @@ def micro_batches_that_ranks_cannot_share(_: Path) -> None:
     )
 
 
+@says("the relay function cannot be sent to its workers", "lock", "inside it")
+def a_relay_function_that_cannot_be_sent(_: Path) -> None:
+    lock = threading.Lock()
+
+    def relay(episodes: Any) -> Any:
+        with lock:
+            return episodes[-1]
+
+    sound().set_relay_sample_manager(relay).configure({"runtime": {"max_relay_episode": 2}}).check()
+
+
 @says("runtime.relay_episode_offset is given, but no episode", "set runtime.max_relay_episode")
 def an_offset_of_no_relay(_: Path) -> None:
     runs(relay_episode_offset=2)
@@ -713,8 +725,8 @@ def a_dynamic_stream_without_a_relay(_: Path) -> None:
     runs(stream_data_loader_type="dynamic")
 
 
-@says("runtime.max_relay_episode is given", "leave out")
-def a_relay_that_would_be_ignored(_: Path) -> None:
+@says("runtime.max_relay_episode is 2, but the engine has no relay", "set_relay_sample_manager")
+def a_relay_without_a_function(_: Path) -> None:
     runs(max_relay_episode=2)
 
 

@@ -56,7 +56,7 @@ def _processes() -> dict[int, str]:
 
 
 def main(work: Work) -> None:
-    from rlhf_flows.engine import GRPOEngine
+    from rlhf_flows.engines import GRPOEngine
     from rlhf_flows.generation import GenerationSettings
     from rlhf_flows.models.function_reward import FunctionReward
     from rlhf_flows.models.policy_trainer import PolicyTrainer

@@ -25,7 +25,7 @@ from rlhf_flows import attempt as attempts
 from rlhf_flows.attempt.description import Description
 from rlhf_flows.attempt.placement import connect_cluster, make_pool, open_pools
 from rlhf_flows.data.batch import collate
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.services.prefect_server import prefect_api
 from rlhf_flows.store import open_run, open_store, scan, take_attempt
 from rlhf_flows.tasks import NoProgress, Runtime, evaluation, param_sync, rollout, scoring, training

@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.marks import mark
 from benchmarks.overhead.modules import BenchPolicy, BenchReward, BenchTrainer
 from benchmarks.resume.__main__ import ROWS_PER_SHARD
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.tasks import NoProgress
 
 MORE = 4

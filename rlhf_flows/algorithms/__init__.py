@@ -4,19 +4,33 @@ batches, Ray or Parquet; what a column is called is the affair of rlhf_flows.mod
 
 from rlhf_flows.algorithms.advantages import group_advantages
 from rlhf_flows.algorithms.aggregation import token_weights
+from rlhf_flows.algorithms.dpo import PairLoss, dpo_loss
+from rlhf_flows.algorithms.gae import Advantages, generalized_advantages, whiten
 from rlhf_flows.algorithms.grpo import PolicyLoss, policy_loss
 from rlhf_flows.algorithms.importance import importance_weights
 from rlhf_flows.algorithms.kl import kl_estimate
+from rlhf_flows.algorithms.preference import preference_loss
 from rlhf_flows.algorithms.sft import nll
+from rlhf_flows.algorithms.token_rewards import token_rewards
 from rlhf_flows.algorithms.truncation import apply_truncation
+from rlhf_flows.algorithms.value import ValueLoss, value_loss
 
 __all__ = [
+    "Advantages",
+    "PairLoss",
     "PolicyLoss",
+    "ValueLoss",
     "apply_truncation",
+    "dpo_loss",
+    "generalized_advantages",
     "group_advantages",
     "importance_weights",
     "kl_estimate",
     "nll",
     "policy_loss",
+    "preference_loss",
+    "token_rewards",
     "token_weights",
+    "value_loss",
+    "whiten",
 ]

@@ -10,6 +10,7 @@ from rlhf_flows.attempt.description import Checked, Dataset, Description, Part
 from rlhf_flows.attempt.module_checks import (
     check_builds,
     check_methods,
+    check_relay_travels,
     check_travels,
     check_weights,
 )
@@ -57,6 +58,7 @@ def check(description: Description) -> Checked:
                 " use a second module that follows it (set_parameter_sync), or set it to 0"
             )
     shares = shares_of(description.config, modules, trained=trained)
+    _check_relay(description)
     if description.config.cluster.address is None:
         check_fits_here(description.config, shares)
     for name in sorted(trained):
@@ -124,16 +126,6 @@ def _check_parts(description: Description) -> None:
         raise ConfigError(
             "the engine has an environment, but no trainer that takes its samples: give it one with"
             " set_trainer, or leave the environment out"
-        )
-    if description.relay is not None or description.config.runtime.max_relay_episode:
-        said = (
-            "runtime.max_relay_episode is given"
-            if description.relay is None
-            else "a relay function is set"
-        )
-        raise ConfigError(
-            f"{said}, but samples of earlier episodes are not trained on again yet: leave out"
-            " set_relay_sample_manager and runtime.max_relay_episode"
         )
 
 
@@ -216,6 +208,27 @@ def _check_syncs(
     for name in targets:
         if targets.count(name) > 1:
             raise ConfigError(f"{name!r} follows two trainers: a module takes weights of one")
+
+
+def _check_relay(description: Description) -> None:
+    most = description.config.runtime.max_relay_episode
+    if most and description.relay is None:
+        raise ConfigError(
+            f"runtime.max_relay_episode is {most}, but the engine has no relay function: give it"
+            " one with set_relay_sample_manager, or set it to 0"
+        )
+    if description.relay is not None and not most:
+        raise ConfigError(
+            "the engine has a relay function, but runtime.max_relay_episode is 0, so it is never"
+            " asked: set it to the number of episodes that it is to be shown, -1 for all"
+        )
+    if most and (description.environment is None or description.trainer is None):
+        raise ConfigError(
+            "a relay function chooses from the samples of an environment for a trainer, and this"
+            " engine lacks one of them: leave it out"
+        )
+    if description.relay is not None:
+        check_relay_travels(description.relay)
 
 
 def _check_trainer(graph: Graph) -> None:

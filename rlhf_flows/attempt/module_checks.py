@@ -7,7 +7,7 @@ runs: rlhf_flows/pools/user_code.py.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import cloudpickle
@@ -16,7 +16,7 @@ from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import Graph
 from rlhf_flows.modules.base import BaseModule
 
-__all__ = ["check_builds", "check_methods", "check_travels", "check_weights"]
+__all__ = ["check_builds", "check_methods", "check_relay_travels", "check_travels", "check_weights"]
 
 
 def check_methods(graph: Graph, modules: Mapping[str, BaseModule], *, trains: bool) -> None:
@@ -80,12 +80,24 @@ def check_weights(
 
 def check_travels(module: BaseModule) -> None:
     """A module object is sent to its workers as it is before `setup`."""
+    _check_pickles(
+        f"module {module.name!r}",
+        module,
+        f"make files, locks, clients and models in {type(module).__name__}.setup, not in __init__",
+    )
+
+
+def check_relay_travels(relay: Callable[[Any], Any]) -> None:
+    """The relay function runs in a worker."""
+    _check_pickles("the relay function", relay, "open files, locks and clients inside it")
+
+
+def _check_pickles(what: str, value: Any, remedy: str) -> None:
     try:
-        cloudpickle.dumps(module)
+        cloudpickle.dumps(value)
     except Exception as e:  # whatever an attribute of the user's raises
         raise ConfigError(
-            f"module {module.name!r} cannot be sent to its workers ({type(e).__name__}: {e}): make"
-            f" files, locks, clients and models in {type(module).__name__}.setup, not in __init__"
+            f"{what} cannot be sent to its workers ({type(e).__name__}: {e}): {remedy}"
         ) from e
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import cloudpickle
 import psutil
@@ -21,6 +22,7 @@ from rlhf_flows.attempt.shares import Share
 from rlhf_flows.config import MAY_CHANGE, EngineConfig, default_threads
 from rlhf_flows.errors import DataError, FencedError
 from rlhf_flows.modules.base import BaseModule, ModuleContext
+from rlhf_flows.modules.fingerprint import fingerprint
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
 from rlhf_flows.pools.resources import check_fits, num_gpus_here
 from rlhf_flows.store import ObjectStore, check_fence
@@ -157,6 +159,8 @@ def make_pool(
         runtime_args=config.runtime.model_dump(mode="json"),
         resumes=resumes,
     )
+    is_trained = checked.trainer is not None and name in checked.trainer.modules
+    relay = checked.description.relay if is_trained else None
     spec = PoolSpec(
         run=run,
         module=cloudpickle.dumps(module),
@@ -173,10 +177,11 @@ def make_pool(
         num_threads=threads,
         lease_s=config.cluster.lease_s,
         store_retry_budget_s=config.store.retry_budget_s,
+        relay=None if relay is None else cloudpickle.dumps(relay),
         log_level=config.log_level,
     )
     return Pool(
-        spec=replace(spec, digest=_making(spec, module)),
+        spec=replace(spec, digest=_making(spec, module, relay)),
         attempt=attempt,
         setup_timeout_s=config.runtime.setup_timeout_s,
         max_restarts=config.runtime.max_replica_restarts,
@@ -184,9 +189,10 @@ def make_pool(
     )
 
 
-def _making(spec: PoolSpec, module: BaseModule) -> str:
+def _making(spec: PoolSpec, module: BaseModule, relay: Callable[[Any], Any] | None) -> str:
     """Digest of code, configuration and versions: what differs in it must be rebuilt."""
     digest = hashlib.sha256(module.fingerprint())
+    digest.update(fingerprint(relay))
     runtime = {
         k: v for k, v in spec.context.runtime_args.items() if f"runtime.{k}" not in MAY_CHANGE
     }

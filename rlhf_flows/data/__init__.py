@@ -38,8 +38,10 @@ if TYPE_CHECKING:
         sample_seed,
         training_batches,
     )
+    from rlhf_flows.data.preferences import PreferenceDataset, pair_rows
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
     from rlhf_flows.data.quarantine import Blamed, Quarantine
+    from rlhf_flows.data.relay import EpisodeRelayBuffer, RelaySampleManager, relayed
     from rlhf_flows.data.row_types import uniform_rows
     from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
     from rlhf_flows.data.shards import align, keep_samples
@@ -53,10 +55,13 @@ __all__ = [
     "Blamed",
     "Column",
     "EpisodePlan",
+    "EpisodeRelayBuffer",
     "GroupRef",
     "PlannedShard",
+    "PreferenceDataset",
     "PromptDataset",
     "Quarantine",
+    "RelaySampleManager",
     "Samples",
     "ShardHandle",
     "StreamDataset",
@@ -71,9 +76,11 @@ __all__ = [
     "keep_samples",
     "load_rows",
     "make_plan",
+    "pair_rows",
     "parquet_metadata",
     "permutation",
     "prompt_text",
+    "relayed",
     "rows_digest",
     "sample_id",
     "sample_seed",
@@ -100,9 +107,11 @@ _HOME = {
         "sample_seed",
         "training_batches",
     ],
+    "preferences": ["PreferenceDataset", "pair_rows"],
     "prompts": ["PromptDataset", "prompt_text"],
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
+    "relay": ["EpisodeRelayBuffer", "RelaySampleManager", "relayed"],
     "quarantine": ["Blamed", "Quarantine"],
     "shards": ["align", "keep_samples"],
     "stream": ["ShardHandle", "StreamDataset"],

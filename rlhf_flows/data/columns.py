@@ -60,6 +60,26 @@ COLUMNS: tuple[Column, ...] = (
         ragged=True,
     ),
     _column(
+        "values",
+        "float32",
+        "scoring",
+        "one for each response token: what the value model expects before it",
+        ragged=True,
+    ),
+    _column(
+        "reference_chosen_logprob",
+        "float32",
+        "scoring",
+        "of the better completion of a pair: log-probability of all its tokens under the frozen "
+        "model",
+    ),
+    _column(
+        "reference_rejected_logprob",
+        "float32",
+        "scoring",
+        "the same of the worse completion",
+    ),
+    _column(
         "old_logprobs",
         "float32",
         "training",

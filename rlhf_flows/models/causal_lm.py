@@ -16,9 +16,12 @@ from rlhf_flows.modules.hf_folder import HFFolder
 __all__ = [
     "SUPPORTED_ARCHITECTURES",
     "DType",
+    "architecture_of",
+    "check_is_whole",
     "check_model_folder",
     "load_causal_lm",
     "load_tokenizer",
+    "made_ready",
 ]
 
 DType = Literal["float32", "bfloat16"]
@@ -38,19 +41,29 @@ def check_model_folder(path: str | Path) -> HFFolder:
     Raises ConfigError that says what is missing, or which architectures are supported.
     """
     folder = HFFolder(path)
-    named = folder.config.get("architectures") or ["(none named)"]
-    if named[0] not in SUPPORTED_ARCHITECTURES:
+    architecture = architecture_of(folder)
+    if architecture not in SUPPORTED_ARCHITECTURES:
         raise ConfigError(
-            f"the model in {str(path)!r} is a {named[0]}, expected one of"
+            f"the model in {str(path)!r} is a {architecture}, expected one of"
             f" {', '.join(SUPPORTED_ARCHITECTURES)}"
         )
+    check_is_whole(folder)
+    return folder
+
+
+def architecture_of(folder: HFFolder) -> str:
+    """The class that the folder names for its model."""
+    return str((folder.config.get("architectures") or ["(none named)"])[0])
+
+
+def check_is_whole(folder: HFFolder) -> None:
+    """Raises ConfigError where weights or tokenizer are missing."""
     for pattern, what in (("*.safetensors", "weights"), ("tokenizer*", "tokenizer")):
         if not any(folder.path.glob(pattern)):
             raise ConfigError(
-                f"the folder {str(path)!r} has no {what} ({pattern}): save model and tokenizer"
-                " there with save_pretrained"
+                f"the folder {str(folder.path)!r} has no {what} ({pattern}): save model and"
+                " tokenizer there with save_pretrained"
             )
-    return folder
 
 
 def load_causal_lm(
@@ -69,7 +82,6 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from rlhf_flows.models.fused_layers import fuse_layers
     from rlhf_flows.models.shared_prefix import ATTENTION
 
     check_model_folder(path)
@@ -83,6 +95,13 @@ def load_causal_lm(
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
         raise ConfigError(f"the model in {str(path)!r} cannot be loaded: {cause}") from cause
+    return made_ready(model, device=device, gradient_checkpointing=gradient_checkpointing)
+
+
+def made_ready(model: Any, *, device: str, gradient_checkpointing: bool) -> Any:
+    """A loaded model as the passes of this package want it: without dropout, its layers fused."""
+    from rlhf_flows.models.fused_layers import fuse_layers
+
     for module in model.modules():
         for dropout in ("p", "attention_dropout"):
             if isinstance(getattr(module, dropout, None), float):
@@ -90,8 +109,7 @@ def load_causal_lm(
     fuse_layers(model)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    loaded: Any = model
-    return loaded.to(device)
+    return model.to(device)
 
 
 def load_tokenizer(path: str | Path) -> Any:

@@ -21,16 +21,19 @@ from rlhf_flows.models.causal_lm import DType, check_model_folder, load_causal_l
 from rlhf_flows.models.lanes import Lanes
 from rlhf_flows.models.logprob_head import ScoredTokens
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, siblings_of
+from rlhf_flows.modules.hf_folder import HFFolder
 from rlhf_flows.modules.torch_module import TorchModule
 from rlhf_flows.settings import OptimizerSettings
 
-__all__ = ["CausalLMModule", "column", "flat", "ragged"]
+__all__ = ["CausalLMModule", "Scorer", "column", "cut_rows", "flat", "groups_of", "ragged"]
 
 Result = TypeVar("Result")
+Scorer = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int] | None], Sequence[Tensor]]
+"""(prompts, responses, groups) of a micro-batch to one tensor for each row, on the CPU."""
 
 
 class CausalLMModule(TorchModule):
-    """Base of PolicyTrainer, SFTTrainer and Reference."""
+    """Base of all trainers and of what only scores; a subclass may load a model of another head."""
 
     lanes = Lanes(nn.Identity(), num_threads=1, device="cpu")
     """Of micro-batches; `setup` makes the model's own."""
@@ -78,16 +81,23 @@ class CausalLMModule(TorchModule):
                 f"micro_batch_tokens of module {self.name!r} is {self.micro_batch_tokens},"
                 " expected at least 1; 4096 suits small models on CPU"
             )
-        check_model_folder(self.path)
+        self.check_folder()
 
-    def setup(self) -> None:
-        self.tokenizer = load_tokenizer(self.path)
-        self.model = load_causal_lm(
+    def check_folder(self) -> HFFolder:
+        """What the folder says of its model. Raises ConfigError where it is none for this role."""
+        return check_model_folder(self.path)
+
+    def load_model(self) -> Any:
+        return load_causal_lm(
             self.path,
             dtype=self.dtype,
             device=self.context.device,
             gradient_checkpointing=self.gradient_checkpointing,
         )
+
+    def setup(self) -> None:
+        self.tokenizer = load_tokenizer(self.path)
+        self.model = self.load_model()
         self.lanes = Lanes(
             self.model, num_threads=self.context.num_threads, device=self.context.device
         )
@@ -104,7 +114,7 @@ class CausalLMModule(TorchModule):
             self.model,
             prompts,
             responses,
-            _groups(data),
+            groups_of(data),
             temperature=temperature,
             entropy=entropy,
             layout=self.layout,
@@ -112,23 +122,36 @@ class CausalLMModule(TorchModule):
 
     def all_logprobs(self, data: Batch, *, temperature: float) -> list[Tensor]:  # B of [r]
         """Of all rows, in their order, without gradient, in micro-batches cut by tokens."""
+
+        def score(
+            prompts: Sequence[Tensor], responses: Sequence[Tensor], groups: Sequence[int] | None
+        ) -> Sequence[Tensor]:
+            scored = response_logprobs(
+                self.model,
+                prompts,
+                responses,
+                groups,
+                temperature=temperature,
+                layout=self.layout,
+            )
+            return ragged(scored.logprobs.cpu(), [len(r) for r in responses])
+
+        return self.all_rows(data, score)
+
+    def all_rows(self, data: Batch, score: Scorer) -> list[Tensor]:
+        """What `score` gives for each row, in their order, without gradient, in micro-batches."""
         prompts = [*column(data, "prompt_ids", self.name)]
         responses = [*column(data, "response_ids", self.name)]
-        groups = _groups(data)
+        groups = groups_of(data)
         found: list[Tensor] = [torch.empty(0)] * len(responses)
 
-        def score(micro_batches: Sequence[Sequence[int]]) -> None:
+        def work(micro_batches: Sequence[Sequence[int]]) -> None:
             for rows in micro_batches:
-                chosen = [responses[i] for i in rows]
-                logprobs = response_logprobs(
-                    self.model,
+                parts = score(
                     [prompts[i] for i in rows],
-                    chosen,
+                    [responses[i] for i in rows],
                     None if groups is None else [groups[i] for i in rows],
-                    temperature=temperature,
-                    layout=self.layout,
-                ).logprobs.cpu()
-                parts = logprobs.split([len(r) for r in chosen])
+                )
                 for i, part in zip(rows, parts, strict=True):
                     found[i] = part.clone()
 
@@ -140,13 +163,13 @@ class CausalLMModule(TorchModule):
             multiple=self.lanes.count,
         )
         with self._evaluating():
-            self.lanes.run(score, bins)
+            self.lanes.run(work, bins)
         return found
 
     def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
         """`rows` of the batch in micro-batches, this rank's share of them."""
         prompts, responses = data["prompt_ids"], data["response_ids"]
-        groups = _groups(data)
+        groups = groups_of(data)
         bins = cut_rows(
             [prompts[i] for i in rows],
             [responses[i] for i in rows],
@@ -287,6 +310,7 @@ def ragged(values: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     return list(values.split(list(lengths)))
 
 
-def _groups(data: Batch) -> list[int] | None:
+def groups_of(data: Batch) -> list[int] | None:
+    """The column `group`, where there is one."""
     groups = data.get("group")
     return None if groups is None else [int(g) for g in groups]

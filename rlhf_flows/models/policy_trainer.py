@@ -149,7 +149,8 @@ class PolicyTrainer(CausalLMModule):
         weighs = [bool((w != 0).any()) for w in data["token_weight"]]
         if self.grpo.kl_coef > 0:
             return weighs
-        return [w and float(a) != 0.0 for w, a in zip(weighs, data["advantage"], strict=True)]
+        advantages = data["advantages"] if "advantages" in data else data["advantage"]
+        return [w and bool((a != 0).any()) for w, a in zip(weighs, advantages, strict=True)]
 
     def _check(self, data: Batch) -> None:
         for name in ("prompt_ids", "response_ids", "reward", "group"):
@@ -209,7 +210,7 @@ class PolicyTrainer(CausalLMModule):
         scored = self.logprobs_of(data, temperature=grpo.temperature, entropy=grpo.exact_entropy)
         logprobs, now = scored.logprobs, scored.logprobs.detach()
         weights = flat(data["token_weight"]).to(device)
-        advantages = torch.repeat_interleave(data["advantage"], lengths).to(device)
+        advantages = _of_tokens(data, lengths).to(device)
         behaviour = None
         if "behaviour_logprobs" in data:
             behaviour = flat(data["behaviour_logprobs"]).to(device)
@@ -258,3 +259,10 @@ class PolicyTrainer(CausalLMModule):
             ]
         )
         return loss, (part, gap.max())
+
+
+def _of_tokens(data: Batch, lengths: Tensor) -> Tensor:  # [T]
+    """The advantage of each token: its own where there is one, else its sample's."""
+    if "advantages" in data:
+        return flat(data["advantages"])
+    return torch.repeat_interleave(data["advantage"], lengths)

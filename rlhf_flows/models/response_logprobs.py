@@ -1,5 +1,5 @@
-"""Logprobs of responses under a causal model: the one pass that policies, references and
-supervised training share.
+"""Logprobs of responses under a causal model, and the pass below them: the one that policies,
+references, supervised training and models with a scalar head share.
 
 Letters: B samples, T response tokens of all samples, flat, in sample order.
 """
@@ -13,9 +13,18 @@ import torch
 from torch import Tensor
 
 from rlhf_flows.models.logprob_head import ScoredTokens, selected_logprobs
-from rlhf_flows.models.shared_prefix import build_layout
+from rlhf_flows.models.shared_prefix import SharedPrefixLayout, build_layout
 
-__all__ = ["Layout", "padded_logprobs", "response_logprobs", "siblings_of", "window_of"]
+__all__ = [
+    "Layout",
+    "chosen_layout",
+    "padded_hidden",
+    "padded_logprobs",
+    "response_logprobs",
+    "shared_prefix_hidden",
+    "siblings_of",
+    "window_of",
+]
 
 Layout = Literal["auto", "shared_prefix", "padded"]
 
@@ -35,31 +44,12 @@ def response_logprobs(
     `model` was loaded by `load_causal_lm`. "auto" takes the shared-prefix layout, except for
     batches longer than the model's sliding window, whose masks only the padded one knows.
     """
-    if layout == "auto":
-        longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-        layout = "padded" if longest > window_of(model.config) else "shared_prefix"
-    if layout == "padded":
+    if chosen_layout(model, prompts, responses, layout) == "padded":
         return padded_logprobs(model, prompts, responses, temperature=temperature, entropy=entropy)
-    siblings = siblings_of(prompts, groups)
-    starts = [sum(siblings[:i]) for i in range(len(siblings))]
+    hidden, plan = shared_prefix_hidden(model, prompts, responses, groups)
     head = model.get_output_embeddings().weight
-    plan = build_layout(
-        [prompts[i] for i in starts],
-        responses,
-        siblings,
-        dtype=model.dtype,
-        device=head.device,
-    )
-    hidden = model.get_decoder()(
-        input_ids=plan.input_ids,
-        position_ids=plan.position_ids,
-        # Any mask of four dimensions is passed on as it is; the layout's attention ignores it.
-        attention_mask=torch.empty(1, 1, 1, 1, device=head.device),
-        use_cache=False,
-        layout=plan,
-    ).last_hidden_state[0]
     scored = selected_logprobs(
-        plan.scored_hidden(hidden),
+        hidden,
         head,
         plan.score_rows,
         plan.score_targets,
@@ -81,32 +71,77 @@ def padded_logprobs(
     entropy: bool = False,
 ) -> ScoredTokens:
     """The same by one padded row per sample: for sliding windows, and to compare with."""
-    head = model.get_output_embeddings().weight
-    device = head.device
+    hidden = padded_hidden(model, prompts, responses)
+    return selected_logprobs(
+        hidden,
+        model.get_output_embeddings().weight,
+        torch.arange(len(hidden), device=hidden.device),
+        torch.cat(list(responses)).to(hidden.device),
+        temperature=temperature,
+        entropy=entropy,
+    )
+
+
+def chosen_layout(
+    model: Any, prompts: Sequence[Tensor], responses: Sequence[Tensor], layout: Layout
+) -> Layout:
+    """What "auto" means for this batch."""
+    if layout != "auto":
+        return layout
+    longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
+    return "padded" if longest > window_of(model.config) else "shared_prefix"
+
+
+def shared_prefix_hidden(
+    model: Any,
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    groups: Sequence[int] | None,
+) -> tuple[Tensor, SharedPrefixLayout]:  # [U, D]
+    """States that something is predicted from, in one row without padding, and which is whose:
+    response token t has that of row `score_rows[sample_order[t]]`.
+    """
+    siblings = siblings_of(prompts, groups)
+    starts = [sum(siblings[:i]) for i in range(len(siblings))]
+    plan = build_layout(
+        [prompts[i] for i in starts],
+        responses,
+        siblings,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    hidden = model.get_decoder()(
+        input_ids=plan.input_ids,
+        position_ids=plan.position_ids,
+        # Any mask of four dimensions is passed on as it is; the layout's attention ignores it.
+        attention_mask=torch.empty(1, 1, 1, 1, device=model.device),
+        use_cache=False,
+        layout=plan,
+    ).last_hidden_state[0]
+    return plan.scored_hidden(hidden), plan
+
+
+def padded_hidden(
+    model: Any, prompts: Sequence[Tensor], responses: Sequence[Tensor]
+) -> Tensor:  # [T, D]
+    """The state before each response token, from one padded row per sample."""
     rows = [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
     lengths = torch.tensor([len(x) for x in rows])
     input_ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     longest = input_ids.shape[1]
     mask = torch.arange(longest) < lengths[:, None]
-    hidden = model.get_decoder()(
-        input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
+    hidden: Tensor = model.get_decoder()(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        use_cache=False,
     ).last_hidden_state  # [B, longest, D]
-    # The token before each response token predicts it.
     chosen = torch.cat(
         [
             torch.arange(len(r)) + (i * longest + len(p) - 1)
             for i, (p, r) in enumerate(zip(prompts, responses, strict=True))
         ]
     )
-    scored = selected_logprobs(
-        hidden.flatten(0, 1).index_select(0, chosen.to(device)),
-        head,
-        torch.arange(len(chosen), device=device),
-        torch.cat(list(responses)).to(device),
-        temperature=temperature,
-        entropy=entropy,
-    )
-    return scored
+    return hidden.flatten(0, 1).index_select(0, chosen.to(model.device))
 
 
 def siblings_of(prompts: Sequence[Tensor], groups: Sequence[int] | None) -> list[int]:

@@ -13,12 +13,14 @@ from rlhf_flows.modules.base import ModuleContext
 from rlhf_flows.store import FolderRecord
 
 __all__ = [
+    "RELAYED",
     "SOURCE",
     "CheckpointRecord",
     "ForwardCall",
     "NodeReport",
     "PoolSpec",
     "Probe",
+    "RelayCall",
     "Source",
     "StoredShard",
     "TrainCall",
@@ -54,6 +56,8 @@ class PoolSpec:
     num_threads: int = 1
     lease_s: float = 900.0
     store_retry_budget_s: float = 120.0
+    relay: bytes | None = None
+    """The relay function of a trained module, by cloudpickle."""
     log_level: str = "WARNING"
     digest: str = ""
 
@@ -171,6 +175,25 @@ class TrainCall:
     """Ids of samples of these shards that are not trained on; rows are counted without them."""
     sources: tuple[tuple[int, Source], ...] = ()
     """Instead of tables, where a flow has no environment: (shard, rows of the dataset)."""
+
+
+RELAYED = -1
+"""Stands for the relayed samples among the shards of a `TrainCall`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RelayCall:
+    """The samples of some episodes, for the relay function of a trained module."""
+
+    attempt: int
+    episode: int
+    version: int
+    episodes: tuple[tuple[int, tuple[int, ...]], ...]
+    """(episode, number of tables of each of its shards): the tables follow, in order."""
+    left_out: frozenset[str]
+    """Ids of samples that are not shown."""
+    expected: int | None
+    """Samples that the function must return, where that is fixed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -22,18 +22,31 @@ from typing import Any
 import cloudpickle
 import torch
 
-from rlhf_flows.data import Batch, align, batch_size, concat, keep_samples, select, to_arrow
+from rlhf_flows.data import (
+    Batch,
+    EpisodeRelayBuffer,
+    align,
+    batch_size,
+    concat,
+    keep_samples,
+    relayed,
+    select,
+    to_arrow,
+    to_samples,
+)
 from rlhf_flows.errors import FencedError, PoolError, RlhfFlowsError, SyncError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.datasets import Datasets, build
 from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.episode_training import EpisodeTraining
 from rlhf_flows.pools.messages import (
+    RELAYED,
     SOURCE,
     CheckpointRecord,
     ForwardCall,
     NodeReport,
     PoolSpec,
+    RelayCall,
     TrainCall,
     WeightsSource,
     WorkerState,
@@ -69,6 +82,8 @@ class Worker:
         self._clean = True
         self._ready = False
         self._datasets = Datasets()
+        self._relayed: Batch = {}
+        """What the relay function returned last."""
         self._begun: int | None = None
         """The episode that the module was told of last."""
         self._episode: EpisodeTraining | None = None
@@ -283,6 +298,26 @@ class Worker:
 
     # ---- training -------------------------------------------------------------------------
 
+    def relay(self, call: RelayCall, *tables: Any) -> int:
+        """Asks the relay function what training of an episode is to take; how many samples."""
+        with self._working(call.attempt):
+            assert self._spec.relay is not None
+            given = iter(tables)
+            buffers = []
+            for episode, counts in call.episodes:
+                shards = [
+                    merge(align([self._shards.load(next(given)) for _ in range(count)]))
+                    for count in counts
+                ]
+                kept = [keep_samples(shard, but=call.left_out) for shard in shards]
+                buffers.append(EpisodeRelayBuffer(episode, to_samples(concat(kept))))
+            self._seed(f"relay/{call.episode}")
+            function = cloudpickle.loads(self._spec.relay)
+            with naming(self._module.name, "relay", "training", call.episode, 0, None):
+                batch = relayed(function, buffers, expected=call.expected)
+            self._relayed = batch
+            return batch_size(batch)
+
     def train(self, call: TrainCall, *tables: Any) -> Mapping[str, float]:
         """One optimizer step. Collective where a replica has several ranks: every rank."""
         with self._working(call.attempt):
@@ -293,6 +328,8 @@ class Worker:
         # First, as a shard may turn out to be damaged: nothing must have happened by then, so that
         # the same call can be made again.
         shards = self._shards_of(call, tables)
+        if call.rows and call.rows[0].shard == RELAYED:
+            shards[RELAYED] = self._relayed
         if call.index == 0:
             if not self._clean or self._version != call.version:
                 raise PoolError(

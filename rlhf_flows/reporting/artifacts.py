@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a run: four artifacts, made once per flow run and then updated.
+"""What the Prefect UI shows of a run: five artifacts, made once per flow run and then updated.
 
 The decision here: nothing waits for the UI. Phases tell a `RunBoard`; a task of its own looks at it
 and sends what changed, and no artifact may take more than half a percent of the time. An API that
@@ -16,6 +16,7 @@ import re
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 from uuid import UUID
@@ -29,6 +30,8 @@ from prefect.logging import get_run_logger
 from rlhf_flows.errors import FencedError
 from rlhf_flows.flow import phases_of
 from rlhf_flows.reporting.curves import draw
+from rlhf_flows.reporting.flow_picture import draw_flows
+from rlhf_flows.reporting.headline import headline
 from rlhf_flows.reporting.run_board import RunBoard
 from rlhf_flows.store import read_json
 from rlhf_flows.tasks import Progress, Runtime
@@ -139,6 +142,7 @@ class ArtifactProgress(RunBoard):
         self._artifacts = [
             artifact("progress", "progress", "Progress", lambda: round(self.percent, 1)),
             artifact("curves", "markdown", "Curves", self._picture),
+            artifact("flows", "markdown", "Flows", partial(_flows, runtime)),
             artifact("episodes", "table", "Episodes", _table(self.episodes)),
             artifact("samples", "table", "Sample completions", _table(self.sample_rows)),
         ]
@@ -178,7 +182,7 @@ class ArtifactProgress(RunBoard):
         """Besides, one line an episode and an evaluation among the logs of the flow run."""
         super().finished(phase, number, seconds, metrics)
         if phase == "training":
-            names = [m for m in _LOGGED if m in metrics]
+            names = headline(metrics, _LOGGED)
             self._say_metrics(f"{self._name}, episode {number}", seconds, names, metrics)
         elif phase == "evaluation" and seconds:  # none: an earlier attempt did it
             self._say_metrics(
@@ -296,6 +300,22 @@ class ArtifactProgress(RunBoard):
                     )
                     break
         return "\n".join(lines)
+
+
+def _flows(runtime: Runtime) -> str | None:
+    graphs = {
+        name: graph
+        for name, graph in (
+            ("environment", runtime.environment),
+            ("trainer", runtime.trainer),
+            ("evaluator", runtime.evaluator),
+        )
+        if graph is not None
+    }
+    if not graphs:
+        return None
+    svg = draw_flows(graphs, [(pair.source, pair.target) for pair in runtime.syncs])
+    return f"![flows](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
 
 
 def _table(rows: Callable[[], Sequence[Mapping[str, Any]]]) -> Callable[[], str | None]:

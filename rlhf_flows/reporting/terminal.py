@@ -16,6 +16,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_flows.reporting.headline import headline
+
 __all__ = ["TerminalProgress"]
 
 PHASES = ("rollout", "scoring", "training", "param_sync", "evaluation")
@@ -112,7 +114,7 @@ class TerminalProgress:
     def _line(self, what: str, seconds: float, metrics: Mapping[str, float]) -> None:
         if self.console.is_terminal:
             return
-        shown = "  ".join(f"{m} {metrics[m]:.3f}" for m in _SHOWN if m in metrics)
+        shown = "  ".join(f"{m} {metrics[m]:.3f}" for m in headline(metrics, _SHOWN, most=8))
         self.console.print(
             f"{time.monotonic() - self._started:6.1f} s  {what}  {shown}", soft_wrap=True
         )
@@ -127,7 +129,7 @@ class TerminalProgress:
         return Group(title, self._bars, self._table())
 
     def _table(self) -> Table:
-        columns = [m for m in _SHOWN if any(m in row for row in self._episodes.values())]
+        columns = headline([m for row in self._episodes.values() for m in row], _SHOWN, most=8)
         table = Table(box=None, pad_edge=False)
         table.add_column("episode", justify="right")
         for name in columns:
@@ -139,7 +141,7 @@ class TerminalProgress:
                 *(f"{row[m]:.3f}" if m in row else "" for m in columns),
             )
         for version, metrics in list(self._evaluations.items())[-3:]:
-            shown = "  ".join(f"{m} {metrics[m]:.3f}" for m in _SHOWN if m in metrics)
+            shown = "  ".join(f"{m} {metrics[m]:.3f}" for m in headline(metrics, _SHOWN))
             table.caption = f"held out, version {version}: {shown}"
         return table
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_flows.deployments import sort_digits
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.function_reward import FunctionReward
 from rlhf_flows.models.policy_trainer import PolicyTrainer

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.modules.base import ModuleContext
 from tests.chaos.points import Points
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer

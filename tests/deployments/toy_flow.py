@@ -7,7 +7,7 @@ from typing import Any
 
 from prefect import flow
 
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
 

@@ -14,7 +14,8 @@ import pytest
 
 from rlhf_flows.data import from_parquet, select, to_parquet
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
-from rlhf_flows.engine import Engine, Environment, GRPOEngine, Trainer
+from rlhf_flows.engine import Engine, Environment, Trainer
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import StoreDamageError
 from tests.end_to_end.processes import generated
 from tests.end_to_end.test_resume import forget

@@ -12,14 +12,22 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from rlhf_flows import ControlDependencies, Engine, Environment, Evaluator, Trainer
-from rlhf_flows.engine import GRPOEngine
-from rlhf_flows.errors import ConfigError, RunCancelledError
+from rlhf_flows import (
+    ControlDependencies,
+    Engine,
+    Environment,
+    EpisodeRelayBuffer,
+    Evaluator,
+    Trainer,
+)
+from rlhf_flows.engines import GRPOEngine
+from rlhf_flows.errors import ConfigError, DataError, RunCancelledError
 from tests.end_to_end.whole_run import (
     RUNTIME,
     assert_exactly_once,
     commits,
     learn,
+    toy_engine,
     weight_digests,
 )
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
@@ -201,3 +209,51 @@ def test_several_datasets_are_mixed_by_their_ratio(store: Path, services: str) -
         prompts = episode(store, "mixed", "rollout", number)["prompt"]
         assert prompts.str.startswith("a").sum() == 8
         assert prompts.str.startswith("b").sum() == 24
+
+
+def best_of_all(buffers: list[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
+    """The better half of all samples that it is shown."""
+    samples = [sample for buffer in buffers for sample in buffer]
+    samples.sort(key=lambda sample: (-sample["reward"], sample["sample_id"]))
+    return samples[: len(samples) // 2]
+
+
+def test_relayed_samples_are_trained_on_and_again_after_a_death(store: Path, services: str) -> None:
+    def engine(trainer: ToyTrainer) -> GRPOEngine:
+        made = GRPOEngine(ToyPolicy("policy"), trainer, ToyReward("reward"), name="toy")
+        return made.set_dataset(PROMPTS).set_relay_sample_manager(best_of_all)
+
+    relay: dict[str, Any] = {
+        "max_relay_episode": 2,
+        "stream_data_loader_type": "dynamic",
+        "save_episode_interval": 3,
+    }
+    learn(engine(ToyTrainer("trainer")), store, "relayed", num_episode=3, **relay)
+    # Half of one episode, then half of two: the function is shown the last two.
+    assert [c["rows"]["trained"] for c in commits(store, "relayed")] == [16, 32, 32]
+
+    before = weight_digests(store, "relayed")
+    for path in (store / "relayed/episodes").glob("episode=000002/trained.json"):
+        path.unlink()
+    learn(engine(ToyTrainer("trainer")), store, "relayed", num_episode=3, **relay)
+    assert weight_digests(store, "relayed") == before  # trained again from the start
+
+    fixed = {**relay, "stream_data_loader_type": "fixed"}
+    with pytest.raises(DataError, match="16 samples, the stream is fixed at 32"):
+        learn(engine(ToyTrainer("trainer")), store, "fixed", num_episode=1, **fixed)
+    with pytest.raises(ConfigError, match=r"runtime\.max_relay_episode is 0"):
+        learn(engine(ToyTrainer("trainer")), store, "never", num_episode=1)
+
+
+@pytest.mark.slow
+def test_a_module_may_be_synced_less_often_than_others_or_never(store: Path, services: str) -> None:
+    two = {"policy": {"sync_frequency": 2}}
+    learn(toy_engine(eval_rows=0), store, "every-second", num_episode=4, models=two)
+    never = {"policy": {"sync_frequency": 0}}
+    learn(toy_engine(eval_rows=0), store, "never-synced", num_episode=2, models=never)
+    for name, versions in (("every-second", [0, 0, 2, 2]), ("never-synced", [0, 0])):
+        sampled = [
+            set(episode(store, name, "rollout", number)["policy_version"])
+            for number in range(len(versions))
+        ]
+        assert sampled == [{v} for v in versions]

@@ -20,6 +20,7 @@ from torch import nn
 from rlhf_flows.data import to_arrow
 from rlhf_flows.errors import ConfigError, NonFiniteError, RlhfFlowsError, SyncError, UserError
 from rlhf_flows.modules import BaseModule, ModuleContext, TorchModule
+from rlhf_flows.pools.messages import RelayCall
 from rlhf_flows.pools.worker import Worker
 from tests.pools.specs import ROWS, rollout_call, spec_of, train_call
 from tests.toys import Rows, ToyPolicy, ToyReward, ToyTrainer
@@ -374,3 +375,31 @@ def test_what_a_module_asks_wrongly_is_named(case: str, tmp_path: Path) -> None:
         Asks("trainer"), tmp_path, runtime_args={"num_episode": 3}, model_args={"size": 2}
     )
     refused(UserError, lambda: train(worker), "trainer.train_step failed on training", *words)
+
+
+# ---- relay functions --------------------------------------------------------------------------
+
+
+RELAYS: dict[str, tuple[Callable[[Any], Any], list[str]]] = {
+    "nothing": (lambda episodes: None, ["a list of samples", "each a dict"]),
+    "episodes": (lambda episodes: episodes, ["a list of samples", "each a dict"]),
+    "no samples": (lambda episodes: [], ["returned no samples", "runtime.relay_episode_offset"]),
+    "too few": (
+        lambda episodes: episodes[-1].buffer[:5],
+        ["returned 5 samples, the stream is fixed at 8", "stream_data_loader_type=dynamic"],
+    ),
+    "a raise": (lambda episodes: episodes[-1].reward, ["AttributeError", "'reward'"]),
+}
+
+
+@pytest.mark.parametrize("case", RELAYS)
+def test_a_wrong_relay_function_is_named_with_what_to_return(case: str, tmp_path: Path) -> None:
+    function, words = RELAYS[case]
+    worker = Worker(spec_of(ToyTrainer("trainer"), tmp_path, relay=cloudpickle.dumps(function)))
+    worker.setup(1)
+    call = RelayCall(
+        attempt=1, episode=4, version=4, episodes=((4, (1,)),), left_out=frozenset(), expected=8
+    )
+    table = to_arrow({"sample_id": [f"s{i}" for i in range(8)], "digit": torch.arange(8)})
+    where = "trainer.relay failed on training of episode 4"
+    refused(UserError, lambda: worker.relay(call, table), where, *words)

@@ -194,7 +194,7 @@ class Killed(ToyPolicy):
 
 
 def test_kills_from_outside_blame_nobody(store: Path, plain: str, tmp_path: Path) -> None:
-    from rlhf_flows.engine import GRPOEngine
+    from rlhf_flows.engines import GRPOEngine
     from tests.toys import ToyReward, ToyTrainer
 
     kills = tmp_path / "kills"

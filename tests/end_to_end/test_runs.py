@@ -349,7 +349,7 @@ def test_user_code_that_fails_is_named_and_not_tried_again(
     store: Path, tmp_path: Path, reward: ToyReward, error: type[Exception], words: list[str]
 ) -> None:
     log = tmp_path / "log"
-    from rlhf_flows.engine import GRPOEngine
+    from rlhf_flows.engines import GRPOEngine
 
     engine = GRPOEngine(ToyPolicy("policy", log=log), ToyTrainer("trainer"), reward, name="toy")
     engine.set_dataset([{"prompt": str(i)} for i in range(16)])

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from rlhf_flows.engine import Engine, Environment, GRPOEngine, Trainer
+from rlhf_flows.engine import Engine, Environment, Trainer
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import StoreUnavailableError
 from tests.end_to_end.whole_run import evaluated_versions, learn
 from tests.toys import Rows, ToyPolicy, ToyReward, ToyTrainer

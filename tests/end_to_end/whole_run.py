@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_flows.engine import GRPOEngine
+from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.flow import RunResult
 from rlhf_flows.store import open_store, scan
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer

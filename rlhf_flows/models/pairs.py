@@ -1,0 +1,95 @@
+"""Pairs of completions as samples: chosen and rejected beside each other, their prompt shared.
+
+Letters: B pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf_flows.data.batch import Batch, batch_size
+from rlhf_flows.data.preferences import PreferenceDataset
+from rlhf_flows.errors import DataError
+from rlhf_flows.models.causal_lm import load_tokenizer
+from rlhf_flows.models.causal_lm_module import ragged
+from rlhf_flows.modules.hf_folder import HFFolder
+
+__all__ = ["as_samples", "check_pair_batch", "pair_costs", "preference_dataset", "sums_of"]
+
+_COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
+
+
+class _PairModule(Protocol):
+    path: Path
+    tokenizer: Any
+    chat_template: bool | None
+
+    def check_folder(self) -> HFFolder: ...
+
+
+class _PairSettings(Protocol):
+    @property
+    def max_tokens(self) -> int | None: ...
+    @property
+    def append_eos(self) -> bool: ...
+
+
+def preference_dataset(
+    module: _PairModule, rows: Sequence[Mapping[str, Any]], settings: _PairSettings
+) -> PreferenceDataset:
+    """The rows as a module of pairs tokenizes them, within what its model takes."""
+    limit = module.check_folder().max_positions
+    return PreferenceDataset(
+        rows,
+        # Not kept: in the user's program, where rows are checked, it would travel with the module
+        # to its workers.
+        module.tokenizer or load_tokenizer(module.path),
+        max_tokens=min(limit, settings.max_tokens or limit),
+        chat_template=module.chat_template,
+        append_eos=settings.append_eos,
+    )
+
+
+def check_pair_batch(data: Batch, module: str, *more: str) -> None:
+    """Raises DataError where a column of pairs, or one of `more`, is missing."""
+    for name in (*_COLUMNS, *more):
+        if name not in data:
+            maker = (
+                "PreferenceReference makes the reference's columns"
+                if name in more
+                else ("they come from preferences, rows {prompt, chosen, rejected}")
+            )
+            raise DataError(
+                f"module {module!r} needs the column {name!r}, and the batch has {sorted(data)}:"
+                f" {maker}"
+            )
+
+
+def as_samples(data: Batch) -> Batch:
+    """2 B samples: chosen and rejected of the first pair, of the second, …, each pair a group."""
+    pairs = zip(data["chosen_ids"], data["rejected_ids"], strict=True)
+    return {
+        "prompt_ids": [prompt for prompt in data["prompt_ids"] for _ in range(2)],
+        "response_ids": [response for pair in pairs for response in pair],
+        "group": torch.arange(batch_size(data)).repeat_interleave(2),
+    }
+
+
+def pair_costs(data: Batch) -> Batch:
+    """Pairs as what `CausalLMModule.cut` takes, so that none is torn."""
+    pairs = zip(data["chosen_ids"], data["rejected_ids"], strict=True)
+    return {
+        "prompt_ids": list(data["prompt_ids"]),
+        "response_ids": [torch.cat([chosen, rejected]) for chosen, rejected in pairs],
+    }
+
+
+def sums_of(logprobs: Tensor, samples: Batch) -> Tensor:  # [T] -> [2 B]
+    """Of the tokens of each sample."""
+    parts = ragged(logprobs, [len(r) for r in samples["response_ids"]])
+    return torch.stack([part.sum() for part in parts])

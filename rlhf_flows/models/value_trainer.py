@@ -1,0 +1,133 @@
+"""`ValueTrainer`: trains a value model on the returns of PPO's samples.
+
+The decision here: as in `PolicyTrainer`, targets and weights are made once for the whole global
+batch, so that any cut into micro-batches, over any number of ranks, gives the same gradient.
+
+Letters: T response tokens of a micro-batch, flat, in sample order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlhf_flows.algorithms.value import value_loss
+from rlhf_flows.data.batch import Batch, batch_size, select
+from rlhf_flows.models.causal_lm import DType
+from rlhf_flows.models.causal_lm_module import flat, ragged
+from rlhf_flows.models.ppo_targets import ppo_targets
+from rlhf_flows.models.response_logprobs import Layout
+from rlhf_flows.models.scalar_module import ScalarModule
+from rlhf_flows.settings import OptimizerSettings, PPOSettings
+
+__all__ = ["ValueTrainer"]
+
+_SUMS = (
+    "loss", "clip_fraction", "value", "return_sum", "return_square", "error", "error_square",
+    "tokens", "rows_trained", "rows_filtered",
+)  # fmt: skip
+"""What micro-batches add up, the loss first; those from "clip_fraction" on are over tokens."""
+
+
+class ValueTrainer(ScalarModule):
+    """PPO's value function on batches with prompt_ids, response_ids, behaviour_logprobs, values
+    and reward; with `kl_coef` also reference_logprobs.
+    """
+
+    def __init__(
+        self,
+        name: str = "ppo_value",
+        *,
+        path: str | Path,
+        optimizer: OptimizerSettings | None = None,
+        ppo: PPOSettings | None = None,
+        micro_batch_tokens: int = 4096,
+        dtype: DType = "float32",
+        gradient_checkpointing: bool = False,
+        layout: Layout = "auto",
+    ) -> None:
+        """`path` as in `ValueModel`, and the same folder; `ppo` that of the `PPOPolicyTrainer`."""
+        super().__init__(
+            name,
+            path=path,
+            dtype=dtype,
+            micro_batch_tokens=micro_batch_tokens,
+            gradient_checkpointing=gradient_checkpointing,
+            layout=layout,
+        )
+        self.optimizer_settings = optimizer or OptimizerSettings()
+        self.ppo = ppo or PPOSettings()
+
+    def setup(self) -> None:
+        super().setup()
+        self.setup_optimizer(self.optimizer_settings)
+
+    def prepare_batch(self, data: Batch) -> Batch:
+        """Adds `returns` and `token_weight` (ragged) of the whole global batch."""
+        targets = ppo_targets(data, self.ppo, module=self.name)
+        return {
+            **data,
+            "returns": ragged(targets.returns, targets.lengths),
+            "token_weight": ragged(targets.token_weight, targets.lengths),
+        }
+
+    def micro_batches(self, data: Batch) -> list[Batch]:
+        """This rank's micro-batches, cut by tokens; on rank 0 the last holds the masked rows."""
+        weighs = [bool((w != 0).any()) for w in data["token_weight"]]
+        parts = self.cut(data, [i for i, yes in enumerate(weighs) if yes])
+        idle = [i for i, yes in enumerate(weighs) if not yes]
+        if idle and self.rank == 0:
+            parts.append(idle)
+        return [select(data, part) for part in parts]
+
+    def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float]:
+        """Collective: every rank, same order. One optimizer step on one global batch.
+
+        Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
+        """
+        self.model.train()
+        self.model.zero_grad()
+        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.context.device)
+        active = [bool((flat(batch["token_weight"]) != 0).any()) for batch in data]
+        for part in self.backward_all(
+            [batch for batch, yes in zip(data, active, strict=True) if yes], self._loss
+        ):
+            sums += part
+        idle = [batch_size(batch) for batch, yes in zip(data, active, strict=True) if not yes]
+        sums[_SUMS.index("rows_filtered")] += sum(idle)
+        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
+        found = dict(zip(_SUMS, sums.tolist(), strict=True))
+        tokens = max(found["tokens"], 1.0)
+        means = {name: found.pop(name) / tokens for name in _SUMS[1:7]}
+        spread = means["return_square"] - means["return_sum"] ** 2
+        left = means["error_square"] - means["error"] ** 2
+        return {
+            **found,
+            "clip_fraction": means["clip_fraction"],
+            "value": means["value"],
+            "return": means["return_sum"],
+            "explained_variance": 1.0 - left / spread if spread > 1e-12 else 0.0,
+            **metrics,
+        }
+
+    def _loss(self, data: Batch) -> tuple[Tensor, Tensor]:
+        """This micro-batch's share of the loss; and what it adds to `_SUMS`."""
+        values = self.scores_of(data)  # [T]
+        old, returns, weights = (
+            flat(data[name]).to(values.device) for name in ("values", "returns", "token_weight")
+        )
+        found = value_loss(values, old, returns, clip=self.ppo.value_clip)
+        loss = (weights * found.loss).sum()
+        now, target = values.detach().to(torch.float64), returns.to(torch.float64)
+        error = target - now
+        sums = [
+            loss.detach().to(torch.float64), found.clipped.sum(), now.sum(), target.sum(),
+            (target**2).sum(), error.sum(), (error**2).sum(),
+        ]  # fmt: skip
+        counts = torch.tensor(
+            [len(now), batch_size(data), 0], dtype=torch.float64, device=values.device
+        )
+        return loss, torch.cat([torch.stack([s.to(torch.float64) for s in sums]), counts])

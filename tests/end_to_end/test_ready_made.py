@@ -1,0 +1,109 @@
+"""The ready-made roles of DPO, online DPO and reward models in whole runs, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_flows import DPOEngine, EvalEngine, OnlineDPOEngine, RewardModelEngine
+from rlhf_flows.exports import exported_model
+from rlhf_flows.generation import GenerationSettings
+from rlhf_flows.models import (
+    DPOTrainer,
+    FunctionReward,
+    OnlineDPOTrainer,
+    PreferenceReference,
+    Reference,
+    RewardModel,
+    RewardTrainer,
+    TorchPolicy,
+)
+from rlhf_flows.models.tiny import build_tiny_qwen2
+from rlhf_flows.settings import DPOSettings, OptimizerSettings
+from tests.end_to_end.whole_run import assert_same_bits, samples
+
+# Processes of torch and transformers, a few for each run.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("services")]
+
+FAST = OptimizerSettings(learning_rate=3e-3)
+PAIRS = [
+    {"prompt": f"{i}+1=", "pos_answers": [str(i + 1), f"{i + 1}."], "neg_answers": [str(i), "?"]}
+    for i in range(16)
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_tiny_qwen2(tmp_path_factory.mktemp("tiny"), hidden_size=64, num_layers=2)
+
+
+def settings(store: Path, run: str, **runtime: Any) -> dict[str, Any]:
+    small = {
+        "num_episode": 3,
+        "sample_per_episode": 32,
+        "train_global_batch_size": 16,
+        "generation_batch_size": 16,
+        "num_inference_per_prompt": 1,
+    }
+    return {"run_name": run, "store": {"url": str(store)}, "runtime": {**small, **runtime}}
+
+
+def test_dpo_on_every_pair_of_a_file_of_lists(model: Path, tmp_path: Path) -> None:
+    def learn(run: str, **runtime: Any) -> Any:
+        engine = DPOEngine(PreferenceReference(path=model), DPOTrainer(path=model, optimizer=FAST))
+        return engine.set_dataset(PAIRS).learn(**settings(tmp_path, run, **runtime))
+
+    result = learn("dpo")
+    assert set(result.seconds) == {"scoring", "training"}
+    assert result.episodes[2]["loss"] < result.episodes[0]["loss"] < 0.7
+    assert result.episodes[2]["accuracy"] > 0.9
+    scored = samples(tmp_path, "dpo", "scoring").query("episode == 0")
+    assert len(set(zip(scored["prompt"], scored["chosen"], strict=True))) == 32
+    assert {"chosen_ids", "rejected_ids", "reference_chosen_logprob"} <= set(scored.columns)
+    # Cut after an episode, and gone on with: the same bits.
+    learn("again", num_episode=1)
+    assert learn("again").resumed_at == 1
+    assert_same_bits(tmp_path, "again", reference="dpo")
+
+
+def test_a_reward_model_that_was_trained_is_evaluated_from_its_folder(
+    model: Path, tmp_path: Path
+) -> None:
+    engine = RewardModelEngine(
+        RewardTrainer(path=model, optimizer=FAST), RewardModel("follower", path=model)
+    )
+    engine.set_dataset(PAIRS).set_eval_dataset(PAIRS[:8])
+    result = engine.learn(**settings(tmp_path, "reward"))
+    assert result.evaluations[3]["accuracy"] > 0.9 > result.evaluations[0]["accuracy"]
+    folder = exported_model(str(tmp_path), "reward")
+    evaluation = EvalEngine(RewardModel("reward", path=folder)).set_dataset(PAIRS[:8])
+    found = evaluation.learn(**settings(tmp_path, "look")).evaluations[0]
+    assert found["accuracy"] == result.evaluations[3]["accuracy"]
+    assert found["reward_margin"] == pytest.approx(result.evaluations[3]["reward_margin"], rel=1e-5)
+
+
+def short(completion: str) -> float:
+    return -float(len(completion))
+
+
+def test_online_dpo_learns_from_its_own_samples(model: Path, tmp_path: Path) -> None:
+    engine = OnlineDPOEngine(
+        TorchPolicy(path=model, generation=GenerationSettings(max_new_tokens=8)),
+        Reference(path=model),
+        FunctionReward("reward", function=short),
+        OnlineDPOTrainer(path=model, optimizer=FAST, dpo=DPOSettings(beta=0.1)),
+    )
+    engine.set_dataset([{"prompt": f"{i}+1="} for i in range(32)])
+    result = engine.learn(
+        **settings(
+            tmp_path, "online", num_inference_per_prompt=4, sample_per_episode=64, num_episode=4
+        )
+    )
+    first, last = result.episodes[0], result.episodes[3]
+    assert first["loss"] == pytest.approx(0.69, abs=0.05)
+    assert last["margin"] > first["margin"]
+    assert first["rows_trained"] + first["rows_filtered"] == 64
+    # Four updates; `pairs` is their mean.
+    assert first["rows_trained"] == pytest.approx(2 * 4 * first["pairs"])
