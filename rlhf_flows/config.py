@@ -7,6 +7,7 @@ the affair of config_loading.py. No torch, no Ray, no Prefect.
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import Any, Literal, Self
 
@@ -365,7 +366,7 @@ class RuntimeConfig(Settings):
             raise ValueError(
                 f"the training batch of {batch} samples (runtime.train_global_batch_size) is not a"
                 f" multiple of runtime.train_micro_batch_size={micro}: take"
-                f" {max(d for d in range(1, min(micro, batch) + 1) if batch % d == 0)}"
+                f" {_divisor_below(batch, micro, 1)}"
             )
         return self
 
@@ -403,7 +404,8 @@ class RuntimeConfig(Settings):
         if batch is not None and self.sample_per_episode % batch:
             raise ValueError(
                 f"runtime.sample_per_episode={self.sample_per_episode} is not a multiple of"
-                f" runtime.train_global_batch_size={batch}: an optimizer step would be short"
+                f" runtime.train_global_batch_size={batch}: an optimizer step would be short, so"
+                f" take batches of {_divisor_below(self.sample_per_episode, batch, group)}"
             )
         return self
 
@@ -432,8 +434,22 @@ class EngineConfig(Settings):
     )
     log_level: str = Field(default="WARNING", description="Of the workers.")
 
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        levels = [name for name in logging.getLevelNamesMapping() if name != "NOTSET"]
+        if value.upper() not in levels:
+            raise ValueError(f"log_level={value} is no level: use one of {', '.join(levels)}")
+        return value.upper()
+
     def for_model(self, name: str) -> ModelConfig:
         return self.models.get(name, ModelConfig())
+
+
+def _divisor_below(number: int, most: int, multiple: int) -> int:
+    """The largest divisor of `number` that is a multiple of `multiple`, at most `most`."""
+    found = (d for d in range(min(most, number), 0, -1) if number % d == 0 and d % multiple == 0)
+    return next(found, number)
 
 
 def default_threads() -> int:

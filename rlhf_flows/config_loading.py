@@ -8,11 +8,10 @@ environment, as ChatLearn's do. Knows nothing of what the fields mean.
 from __future__ import annotations
 
 import difflib
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, TypeVar, get_args
 
 import yaml
@@ -43,7 +42,7 @@ def load_config(
     Raises:
         ConfigError: an unknown key (with the nearest right one), a wrong value, a wrong file.
     """
-    data: dict[str, Any] = json.loads(json.dumps(defaults or {}))
+    data: dict[str, Any] = _copied(defaults or {})
     if file is not None:
         merge_settings(data, read_settings(file))
     for word in overrides:
@@ -61,6 +60,23 @@ def load_config(
         return model.model_validate(data)
     except ValidationError as e:
         raise ConfigError(_explain(e)) from e
+
+
+def _copied(value: Any, where: str = "") -> Any:
+    """`value` as a file could hold it: texts, numbers, lists and mappings. Paths become texts."""
+    if isinstance(value, Mapping):
+        start = f"{where}." if where else ""
+        return {str(key): _copied(inner, f"{start}{key}") for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_copied(inner, where) for inner in value]
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    raise ConfigError(
+        f"setting {where!r} is a {type(value).__name__}: a configuration holds texts, numbers,"
+        " lists and dicts; give an object to a module's constructor instead"
+    )
 
 
 def read_settings(file: str | Path) -> dict[str, Any]:
@@ -81,12 +97,19 @@ def _read(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
     here = path.expanduser().absolute()
     if here in within:
         chain = " includes ".join(p.name for p in (*within, here))
-        raise ConfigError(f"the configuration file {here} includes itself: {chain}")
+        raise ConfigError(
+            f"the configuration file {here} includes itself: {chain}; leave one of these out"
+        )
     found: dict[str, Any] = _resolved(_read_yaml(path), str(path))
     for key in ("includes", "include"):
         named = found.pop(key, None)
         if named is None:
             continue
+        if not isinstance(named, str | list):
+            raise ConfigError(
+                f"{key!r} of {here} is a {type(named).__name__}, expected the name of a file or a"
+                " list of them"
+            )
         merged: dict[str, Any] = {}
         for name in [named] if isinstance(named, str) else named:
             merge_settings(merged, _read(here.parent / str(name), (*within, here)))
@@ -137,9 +160,27 @@ def _resolved(value: Any, where: str) -> Any:
     return yaml.safe_load(text) if _VARIABLE.fullmatch(value) else text
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice: YAML would take the last one, and say nothing."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        "while reading a mapping",
+                        node.start_mark,
+                        f"the key {key.value!r} stands in it twice: leave one of them out",
+                        key.start_mark,
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        loaded = yaml.safe_load(path.read_text(encoding="utf-8"))
+        loaded = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as e:
         raise ConfigError(f"the configuration file {path} cannot be read: {e.strerror}") from e
     except (yaml.YAMLError, UnicodeDecodeError) as e:

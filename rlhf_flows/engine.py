@@ -41,6 +41,7 @@ from rlhf_flows.tasks.runtime import SyncPair
 __all__ = ["Engine", "Environment", "Evaluator", "Trainer"]
 
 T = TypeVar("T")
+PartT = TypeVar("PartT", bound=Part)
 
 
 class Engine:
@@ -54,9 +55,9 @@ class Engine:
         name: str = "engine",
     ) -> None:
         self.name = name
-        self.environment = environment
-        self.trainer = trainer
-        self.evaluator = evaluator
+        self.environment = _part(Environment, environment)
+        self.trainer = _part(Trainer, trainer)
+        self.evaluator = _part(Evaluator, evaluator)
         self.config = initial_config()
         self._syncs: list[SyncPair] = []
         self._relay: Callable[[Any], Any] | None = None
@@ -65,15 +66,15 @@ class Engine:
         """How to stop what runs, in whichever thread."""
 
     def set_environment(self, environment: Environment) -> Self:
-        self.environment = environment
+        self.environment = _part(Environment, environment)
         return self
 
     def set_trainer(self, trainer: Trainer) -> Self:
-        self.trainer = trainer
+        self.trainer = _part(Trainer, trainer)
         return self
 
     def set_evaluator(self, evaluator: Evaluator) -> Self:
-        self.evaluator = evaluator
+        self.evaluator = _part(Evaluator, evaluator)
         return self
 
     def set_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
@@ -115,6 +116,12 @@ class Engine:
 
     def set_parameter_sync(self, source: BaseModule, target: BaseModule) -> Self:
         """`target` samples with the weights that `source` trains."""
+        for module in (source, target):
+            if not isinstance(module, BaseModule):
+                raise ConfigError(
+                    f"set_parameter_sync was given a {type(module).__name__} ({module!r:.60}):"
+                    " give it the modules themselves, the trained one first"
+                )
         if source.name == target.name:
             raise ConfigError(
                 f"set_parameter_sync was given {source.name!r} twice: a module needs no sync with"
@@ -131,6 +138,11 @@ class Engine:
         """
         if isinstance(config, EngineConfig):
             self.config = config
+        elif config is not None and not isinstance(config, Mapping):
+            raise ConfigError(
+                f"configure was given a {type(config).__name__}, expected nested dicts of fields or"
+                " a configuration: rlhf_flows.init(file) reads one from a file"
+            )
         elif config is not None:
             fields = self.config.model_dump(mode="json")
             merge_settings(fields, config)
@@ -289,6 +301,15 @@ class Engine:
             relay=self._relay,
             only_evaluates=only_evaluates,
         )
+
+
+def _part(kind: type[PartT], part: PartT | None) -> PartT | None:
+    if part is not None and not isinstance(part, kind):
+        raise ConfigError(
+            f"an engine's {kind.__name__.lower()} was given as a {type(part).__name__}: make it of"
+            f" the flow function, {kind.__name__}(flow)"
+        )
+    return part
 
 
 def _in_own_loop(make: Callable[[], Coroutine[Any, Any, T]]) -> T:

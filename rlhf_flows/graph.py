@@ -8,6 +8,7 @@ function runs as the plain Python it is, and is ignored. Knows nothing of Ray or
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -32,6 +33,9 @@ __all__ = [
 
 BATCH = -1
 """The id of the input batch: what the dataset gives, not a node."""
+
+_MOST_CALLS = 1000
+"""Of one flow: far more than any needs, few enough that an endless one is found at once."""
 
 
 class TracedModule(Protocol):
@@ -264,6 +268,12 @@ def record(
             f"two modules are named {module.name!r}: a name is a model's identity in the"
             " configuration, the pools and the store, so give one of them another"
         )
+    if len(tracer.nodes) == _MOST_CALLS:
+        raise GraphError(
+            f"the flow has called modules {_MOST_CALLS} times, {call} the last, and goes on: its"
+            " loop does not end, as no data exists that could end it. Give the loop a number of"
+            " turns, or move it into a module's method"
+        )
     node = Node(
         id=len(tracer.nodes),
         module=module.name,
@@ -309,8 +319,16 @@ def trace(flow: Callable[[Any], Any]) -> Graph:
         except Exception as e:
             raise GraphError(
                 f"the flow {name!r} failed while it was traced ({type(e).__name__}: {e}): it is"
-                " called once with a batch that has no data, and has only to call modules"
+                " called once with a batch that has no data, and has only to call methods of"
+                " modules, for example `policy.forward_step(batch)`"
             ) from e
+    if inspect.iscoroutine(returned) or inspect.isgenerator(returned):
+        kind = "generator" if inspect.isgenerator(returned) else "coroutine"
+        returned.close()
+        raise GraphError(
+            f"the flow {name!r} returned a {kind}, so that none of it ran: define it with a plain"
+            " `def`, without `async` or `yield`"
+        )
     if not tracer.nodes:
         raise GraphError(
             f"the flow {name!r} called no module with its batch, so there is nothing to run: call"
@@ -324,7 +342,10 @@ def _missing_method(error: AttributeError) -> str:
     owner: Any = error.obj
     method = error.name
     if getattr(type(owner), "generates", None) is None:  # not of a module
-        return f"failed while it was traced (AttributeError: {error}): it has only to call modules"
+        return (
+            f"failed while it was traced (AttributeError: {error}): it has only to call methods of"
+            " modules, for example `policy.forward_step(batch)`"
+        )
     names = [n for n in dir(type(owner)) if not n.startswith("_")]
     near = get_close_matches(method or "", names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"define it in {type(owner).__name__}"

@@ -45,8 +45,13 @@ def init(
             fields, words = _asked(sys.argv[1:] if argv is None else argv)
         elif isinstance(config, Mapping):
             fields = dict(config)
-        else:
+        elif isinstance(config, str | Path):
             fields = read_settings(config)
+        else:
+            raise ConfigError(
+                f"init was given a {type(config).__name__}, expected the name of a YAML file, its"
+                " fields as nested dicts, or a configuration"
+            )
         loaded = load_config(EngineConfig, words, defaults=fields)
     _initial[:] = [loaded]
     return loaded

@@ -435,7 +435,9 @@ def _committed(runtime: Runtime, node: Node, version: int) -> None:
 
 # ---- metrics ----------------------------------------------------------------------------------
 
-_SUMMED = frozenset({"rows", "rows_trained", "rows_filtered", "tokens", "seconds"})
+_SUMMED = frozenset(
+    {"pairs", "groups_tied", "rows", "rows_trained", "rows_filtered", "tokens", "seconds"}
+)
 
 
 def _merge_metrics(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf_flows.attempt.description import Checked, Dataset, Description, Part
+from rlhf_flows.attempt.module_checks import (
+    check_builds,
+    check_methods,
+    check_relay_travels,
+    check_travels,
+    check_weights,
+)
 from rlhf_flows.attempt.placement import check_fits_here
-from rlhf_flows.attempt.shares import shares_of
-from rlhf_flows.config import EngineConfig
+from rlhf_flows.attempt.shares import Share, shares_of
+from rlhf_flows.config import EngineConfig, RuntimeEnvConfig
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import BATCH, Graph, phases, trace
@@ -33,15 +39,17 @@ def check(description: Description) -> Checked:
     rollout, scoring = (
         (frozenset[int](), frozenset[int]()) if environment is None else phases(environment)
     )
-    _check_names(description.config, modules)
+    _check_parts(description)
+    _check_names(description, modules)
     _check_syncs(description.syncs, modules, trainer)
     if trainer is not None:
         _check_trainer(trainer)
-        _check_methods(trainer, modules, trains=True)
+        check_methods(trainer, modules, trains=True)
     for graph in (environment, evaluator):
         if graph is not None:
-            _check_methods(graph, modules, trains=False)
+            check_methods(graph, modules, trains=False)
     trained = frozenset() if trainer is None else {n.module for n in trainer.nodes}
+    check_weights(modules, trained=trained, followers=[pair.target for pair in description.syncs])
     if environment is not None and description.config.runtime.max_staleness:
         for name in sorted(trained & environment.modules.keys()):
             raise ConfigError(
@@ -53,8 +61,12 @@ def check(description: Description) -> Checked:
     _check_relay(description)
     if description.config.cluster.address is None:
         check_fits_here(description.config, shares)
+    for name in sorted(trained):
+        _check_micro_batches(description.config, modules[name], shares[name])
+    _check_runtime_env(description.config.runtime_env)
     for module in modules.values():
         module.validate()
+        check_travels(module)
     dataset = eval_dataset = None
     only_evaluates = description.only_evaluates
     if only_evaluates:
@@ -104,18 +116,71 @@ def _modules(graphs: Sequence[Graph]) -> dict[str, BaseModule]:
     return modules
 
 
-def _check_names(config: EngineConfig, modules: Mapping[str, BaseModule]) -> None:
+def _check_parts(description: Description) -> None:
+    """What is said and would have no effect."""
+    if (
+        description.environment is not None
+        and description.trainer is None
+        and not description.only_evaluates
+    ):
+        raise ConfigError(
+            "the engine has an environment, but no trainer that takes its samples: give it one with"
+            " set_trainer, or leave the environment out"
+        )
+
+
+def _check_names(description: Description, modules: Mapping[str, BaseModule]) -> None:
+    config = description.config
+    if config.run_name is None:  # the run is named after the engine
+        try:
+            check_run_name(description.name)
+        except ConfigError as e:
+            raise ConfigError(
+                f"an engine cannot be named {description.name!r}, as its runs are named after it:"
+                " use letters, digits, '.', '_' and '-', or give run_name"
+            ) from e
     for name in modules:
         try:
             check_run_name(name)
         except ConfigError as e:
-            raise ConfigError(f"a module cannot be named {name!r}: use letters and digits") from e
+            raise ConfigError(
+                f"a module cannot be named {name!r}: use letters, digits, '.', '_' and '-', as in"
+                " 'policy'"
+            ) from e
     unknown = sorted(set(config.models) - set(modules))
     if unknown:
         raise ConfigError(
             f"models.{unknown[0]} is configured, but no flow calls a module of that name: the"
             f" engine's modules are {', '.join(sorted(modules))}"
         )
+
+
+def _check_micro_batches(config: EngineConfig, module: BaseModule, share: Share) -> None:
+    """Where the module leaves the cutting to us, each rank must get as many micro-batches."""
+    micro, batch = config.runtime.train_micro_batch_size, config.runtime.samples_per_batch
+    ranks = share.ranks_per_replica
+    if micro is None or type(module).micro_batches is not BaseModule.micro_batches:
+        return
+    if (batch // micro) % ranks:
+        raise ConfigError(
+            f"a training batch of {batch} samples is {batch // micro} micro-batches of"
+            f" runtime.train_micro_batch_size={micro}, which the {ranks} ranks of {module.name!r}"
+            f" cannot share evenly: choose runtime.train_global_batch_size as a multiple of"
+            f" {micro * ranks}"
+        )
+
+
+def _check_runtime_env(env: RuntimeEnvConfig) -> None:
+    """Files and folders of this machine that are to be sent to workers are there."""
+    named = [("py_modules", path) for path in env.py_modules]
+    named += [] if env.working_dir is None else [("working_dir", env.working_dir)]
+    named += [("pip", env.pip)] if isinstance(env.pip, str) else []
+    for field, path in named:
+        if "://" not in path and not Path(path).exists():
+            raise ConfigError(
+                f"runtime_env.{field} names {path!r}, which is not there: give a path from"
+                f" {Path.cwd()}, or an absolute one"
+            )
 
 
 def _check_syncs(
@@ -162,6 +227,8 @@ def _check_relay(description: Description) -> None:
             "a relay function chooses from the samples of an environment for a trainer, and this"
             " engine lacks one of them: leave it out"
         )
+    if description.relay is not None:
+        check_relay_travels(description.relay)
 
 
 def _check_trainer(graph: Graph) -> None:
@@ -208,7 +275,7 @@ def _dataset(
         )
     rows = [row for part_rows in parts for row in part_rows]
     for owner in owners:
-        _check_builds(modules[owner])
+        check_builds(modules[owner])
         modules[owner].validate_rows(rows, is_eval=is_eval)
     is_ranked = any(config.for_model(name).batch_generation.ranking for name in modules)
     sizes = tuple(len(part_rows) for part_rows in parts) if is_mixed else ()
@@ -222,77 +289,18 @@ def _dataset(
 
 
 def _listed(source: Any, kind: str) -> list[Any]:
-    try:
-        return list(source)
-    except TypeError as e:
+    # What can be read once only, or in no order of its own, would be other rows when it is resumed.
+    is_listed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
+    if not is_listed or isinstance(source, Mapping | bytes):
         raise ConfigError(
             f"the {kind} dataset is a {type(source).__name__}: give set_dataset a list of rows, or"
             " the name of a JSONL, JSON or Parquet file"
-        ) from e
+        )
+    # A torch Dataset need not end by itself.
+    return list(source) if hasattr(source, "__iter__") else [source[i] for i in range(len(source))]
 
 
 def _length(row: Any) -> int:
     """About how long a prompt is: what shards are ranked by."""
     prompt = row.get("prompt", row) if isinstance(row, Mapping) else row
     return len(prompt) if hasattr(prompt, "__len__") else 1
-
-
-# ---- methods that modules must have ---------------------------------------------------------
-
-
-def _check_methods(graph: Graph, modules: Mapping[str, BaseModule], *, trains: bool) -> None:
-    """What is called exists and takes what it will be given."""
-    for node in graph.nodes:
-        module = modules[node.module]
-        kind = type(module)
-        if not trains and _is_left_out(kind, node.method):
-            raise ConfigError(
-                f"the flow calls {node.label}, but {kind.__name__} defines no"
-                f" {_WRITTEN[node.method]}: write one that takes a batch (a dict of columns) and"
-                " returns one with a value for each of its rows"
-            )
-        if trains and _is_left_out(kind, node.method):
-            raise ConfigError(
-                f"the trainer's flow calls {node.label}, but {kind.__name__} defines no"
-                f" {_WRITTEN[node.method]}: write one that takes a list of micro-batches and the"
-                " iteration, and steps the optimizer"
-            )
-        method = getattr(module, node.method)
-        given: tuple[Any, ...] = ([], 0) if trains else ({},)
-        try:
-            inspect.signature(method).bind(*given, **node.options)
-        except TypeError as e:
-            wanted = "(self, data, iteration)" if trains else "(self, data, iteration=0)"
-            raise ConfigError(
-                f"{kind.__name__}.{node.method} of module {node.module!r} cannot be called as the"
-                f" flow does ({e}): define it as {node.method}{wanted}"
-            ) from e
-        except ValueError:  # a callable that does not say what it takes
-            continue
-
-
-_WRITTEN = {
-    "forward_step": "forward_step(data, iteration)",
-    "eval_step": "eval_step(data), nor a forward_step that it would call",
-    "train_step": "train_step(data, iteration)",
-}
-
-
-def _is_left_out(kind: type[BaseModule], method: str) -> bool:
-    """Whether a method is still the one of the base class, which only says that it is missing."""
-    if method not in _WRITTEN or getattr(kind, method) is not getattr(BaseModule, method):
-        return False
-    return method != "eval_step" or kind.forward_step is BaseModule.forward_step
-
-
-def _check_builds(module: BaseModule) -> None:
-    kind = type(module)
-    if (
-        kind.build_dataset is BaseModule.build_dataset
-        and kind.build_all_dataset is BaseModule.build_all_dataset
-    ):
-        raise ConfigError(
-            f"module {module.name!r} comes first in its flow, but {kind.__name__} defines no"
-            " build_dataset(prompts, is_eval): write one that returns a torch Dataset of the rows"
-            " that set_dataset was given"
-        )

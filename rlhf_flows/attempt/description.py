@@ -77,6 +77,11 @@ class Evaluator(Part):
     post_process: Callable[[dict[str, list[Any]], dict[str, Any]], Any] | None = None
 
     def set_post_process_func(self, function: Callable[..., Any]) -> Self:
+        if not callable(function):
+            raise ConfigError(
+                f"set_post_process_func was given a {type(function).__name__}, expected a function"
+                " of the outputs and of information on the evaluation"
+            )
         self.post_process = function
         return self
 

@@ -24,7 +24,7 @@ from rlhf_flows.errors import DataError, FencedError
 from rlhf_flows.modules.base import BaseModule, ModuleContext
 from rlhf_flows.modules.fingerprint import fingerprint
 from rlhf_flows.pools import Cluster, Pool, PoolSpec, connect
-from rlhf_flows.pools.resources import check_fits
+from rlhf_flows.pools.resources import check_fits, num_gpus_here
 from rlhf_flows.store import ObjectStore, check_fence
 from rlhf_flows.together import together
 
@@ -51,7 +51,10 @@ def check_fits_here(config: EngineConfig, shares: Mapping[str, Share]) -> None:
         "CPU": float(config.cluster.num_cpus or default_threads()),
         "memory": float(psutil.virtual_memory().total),
     }
-    for resource, asks in wanted_resources(shares).items():
+    wanted = wanted_resources(shares)
+    if any(amount for _, amount in wanted["GPU"]):
+        have["GPU"] = float(num_gpus_here())
+    for resource, asks in wanted.items():
         if resource in have:
             check_fits(resource, asks, have=have[resource], where="this machine")
 

@@ -77,7 +77,7 @@ def _share(name: str, model: ModelConfig, *, is_trained: bool, sharers: int) -> 
     if ranks is not None and ranks % parallel:
         raise ConfigError(
             f"{where}.ranks_per_replica={ranks} is not a multiple of its parallel sizes'"
-            f" product, {parallel}"
+            f" product, {parallel}: change it to a multiple of {parallel}, or the sizes"
         )
     processes = _processes(where, model, replicas, ranks)
     if ranks is None:
@@ -122,7 +122,8 @@ def _processes(where: str, model: ModelConfig, replicas: int | None, ranks: int 
         if abs(count - round(count)) > 1e-9:
             raise ConfigError(
                 f"{where}.num_{kind}={total:g} is not a multiple of"
-                f" {where}.{kind}_per_process={one:g}"
+                f" {where}.{kind}_per_process={one:g}: change num_{kind} to a multiple, or leave"
+                f" {kind}_per_process out"
             )
         return round(count)
     parallel = (

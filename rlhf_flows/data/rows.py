@@ -62,8 +62,16 @@ def rows_digest(rows: Sequence[Any], *, parts: Sequence[int] = ()) -> str:
     `parts`: how many of them belong to each of several datasets.
     """
     digest = sha256()
-    for row in rows:
-        text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_as_json)
+    for number, row in enumerate(rows):
+        try:
+            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_as_json)
+        except DataError as e:
+            raise DataError(f"row {number} of the dataset: {e}") from e
+        except (TypeError, ValueError, RecursionError) as e:
+            raise DataError(
+                f"row {number} of the dataset is nothing that a file could hold ({e}): use text,"
+                " numbers, tensors, lists and dicts whose keys are text"
+            ) from e
         digest.update(text.encode())
         digest.update(b"\n")
     if parts:
@@ -273,5 +281,5 @@ def _as_json(value: Any) -> Any:
     if hasattr(value, "tolist") and hasattr(value, "shape"):  # a tensor or an array
         return {f"{type(value).__name__} {value.dtype}": value.tolist()}
     raise DataError(
-        f"a row holds a {type(value).__name__}: use text, numbers, tensors, lists and dicts"
+        f"it holds a {type(value).__name__}: use text, numbers, tensors, lists and dicts"
     )

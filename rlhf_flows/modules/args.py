@@ -25,14 +25,18 @@ class Args(Mapping[str, Any]):
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        try:
-            return self[name]
-        except KeyError:
-            near = get_close_matches(name, list(self._values), n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"it has {sorted(self._values)}"
-            raise AttributeError(f"{self._where} has no {name!r}: {hint}") from None
+        if name not in self._values:
+            raise AttributeError(self._missing(name))
+        return self[name]
+
+    def _missing(self, name: str) -> str:
+        near = get_close_matches(name, list(self._values), n=1)
+        hint = f"did you mean {near[0]!r}?" if near else f"it has {sorted(self._values)}"
+        return f"{self._where} has no {name!r}: {hint}"
 
     def __getitem__(self, name: str) -> Any:
+        if name not in self._values:
+            raise KeyError(self._missing(name))
         value = self._values[name]
         return Args(value, f"{self._where}.{name}") if isinstance(value, Mapping) else value
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from rlhf_flows.data import Batch, Samples, batch_size, collate
-from rlhf_flows.errors import DataError
+from rlhf_flows.errors import DataError, RlhfFlowsError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.messages import Source
 from rlhf_flows.pools.shards import merge
@@ -33,7 +33,7 @@ def build(
         method = "build_all_dataset"
         ends = list(accumulate(parts))
         all_rows = [list(rows[end - size : end]) for size, end in zip(parts, ends, strict=True)]
-        made = module.build_all_dataset(all_rows, is_eval=is_eval)
+        made = _made(module, method, all_rows, is_eval=is_eval)
         built = list(made) if isinstance(made, list | tuple) else [made]
         if len(built) != len(parts):
             raise DataError(
@@ -42,7 +42,7 @@ def build(
             )
     else:
         method = "build_dataset"
-        built = [module.build_dataset(rows, is_eval=is_eval)]
+        built = [_made(module, method, rows, is_eval=is_eval)]
     for dataset in built:
         if not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
             raise DataError(
@@ -56,6 +56,18 @@ def build(
                 " without items of the rows it was given: return at least one"
             )
     return _Joined(built) if parts else built[0]
+
+
+def _made(module: BaseModule, method: str, rows: Sequence[Any], *, is_eval: bool) -> Any:
+    try:
+        return getattr(module, method)(rows, is_eval=is_eval)
+    except RlhfFlowsError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f"{type(module).__name__}.{method} of module {module.name!r} failed on the rows that"
+            f" set_dataset was given ({type(e).__name__}: {e}): look at what it expects of a row"
+        ) from e
 
 
 class _Joined:
@@ -100,13 +112,25 @@ class Datasets:
         """Rows as the plan orders them; an item is fetched once for all its siblings."""
         dataset = self._datasets[source.dataset]
         rows = source.columns["prompt_row"]
-        items = {row: dataset[row] for row in dict.fromkeys(rows)}
+        items = {row: _item(dataset, row) for row in dict.fromkeys(rows)}
         samples = [items[row] for row in rows]
         plan = {
             name: list(values) if name == "sample_id" else torch.tensor(values, dtype=torch.int64)
             for name, values in source.columns.items()
         }
         return merge([_collated(dataset, samples), plan])
+
+
+def _item(dataset: Any, row: int) -> Any:
+    try:
+        return dataset[row]
+    except RlhfFlowsError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f"item {row} of {type(dataset).__name__} cannot be read ({type(e).__name__}: {e}):"
+            " look at what its __getitem__ expects"
+        ) from e
 
 
 def _collated(dataset: Any, samples: list[Any]) -> Batch:
@@ -120,8 +144,15 @@ def _collated(dataset: Any, samples: list[Any]) -> Batch:
                     " give the dataset a collate_fn"
                 )
         return collate(samples)
-    batch = collate_fn(Samples(samples))
     name = f"collate_fn of {type(dataset).__name__}"
+    try:
+        batch = collate_fn(Samples(samples))
+    except RlhfFlowsError:
+        raise
+    except Exception as e:
+        raise DataError(
+            f"{name} failed ({type(e).__name__}: {e}): look at what it expects of an item"
+        ) from e
     if not isinstance(batch, Mapping):
         raise DataError(
             f"{name} returned a {type(batch).__name__}, expected a dict of columns, each with a"

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from rlhf_flows.data import Batch, batch_size, concat, select
+from rlhf_flows.errors import DataError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.messages import TrainCall, TrainRows
 from rlhf_flows.pools.shards import metrics_of
-from rlhf_flows.pools.user_code import call_hook, checked_metrics, naming
+from rlhf_flows.pools.user_code import call_hook, checked_batch, checked_metrics, naming
 
 __all__ = ["EpisodeTraining"]
 
@@ -52,7 +53,7 @@ class EpisodeTraining:
                 batch = self._prepared[call.index]
             else:
                 with naming(*where, None):
-                    batch = self._module.prepare_batch(self._rows(call.rows))
+                    batch = self._prepared_batch(call.rows)
             with naming(*where, batch):
                 micro_batches = self._module.micro_batches(batch)
                 step = getattr(self._module, call.method)
@@ -70,9 +71,19 @@ class EpisodeTraining:
     def _prepare(self, batches: Sequence[tuple[TrainRows, ...]]) -> None:
         """Prepares the batches of the episode that have rows, and shows them to the module."""
         with_rows = [index for index, rows in enumerate(batches) if rows]
-        prepared = [self._module.prepare_batch(self._rows(batches[i])) for i in with_rows]
+        prepared = [self._prepared_batch(batches[i]) for i in with_rows]
         shown = self._module.before_updates(prepared) if prepared else []
+        if not isinstance(shown, list) or len(shown) != len(prepared):
+            found = f"{len(shown)}" if isinstance(shown, list) else type(shown).__name__
+            raise DataError(
+                f"before_updates returned {found} for {len(prepared)} batches: return the list of"
+                " them, in their order"
+            )
         self._prepared = dict(zip(with_rows, shown, strict=True))
+
+    def _prepared_batch(self, parts: Sequence[TrainRows]) -> Batch:
+        batch = self._rows(parts)
+        return checked_batch(self._module.prepare_batch(batch), batch)
 
     def _rows(self, parts: Sequence[TrainRows]) -> Batch:
         """The rows in the order of `parts`: one pass over each shard, however many parts it has."""

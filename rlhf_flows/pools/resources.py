@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rlhf_flows.errors import ResourcesError
 
-__all__ = ["check_fits"]
+__all__ = ["check_fits", "num_gpus_here"]
 
 _FIELDS = {"CPU": "num_cpu", "GPU": "num_gpu", "memory": "memory_bytes"}
 
@@ -32,6 +32,13 @@ def check_fits(
         f" {_amount(resource, have)}: lower models.<name>.{_FIELDS[resource]} or num_replica, or"
         " use a larger cluster (cluster.address)"
     )
+
+
+def num_gpus_here() -> int:
+    """GPUs of this machine that workers may see."""
+    import torch  # for those alone who ask for a GPU
+
+    return torch.cuda.device_count()
 
 
 def _amount(resource: str, value: float) -> str:

@@ -19,6 +19,7 @@ from rlhf_flows.pools.messages import ForwardCall
 
 __all__ = [
     "call_hook",
+    "checked_batch",
     "checked_metrics",
     "checked_output",
     "naming",
@@ -48,6 +49,7 @@ class naming:
         unit = f"step {index + 1}" if phase == "training" else f"shard {index}"
         self._where = f"{module}.{method} failed on {phase} of episode {episode}, {unit}"
         ids = [] if batch is None else list(batch.get("sample_id", []))
+        self._batch = batch or {}
         self._samples = f" (samples {ids[0]} to {ids[-1]})" if ids else ""
 
     def __enter__(self) -> None:
@@ -59,6 +61,8 @@ class naming:
         if isinstance(error, RlhfFlowsError) or not isinstance(error, Exception):
             return
         cause = f"{type(error).__name__}: {error}"
+        if isinstance(error, KeyError) and self._batch and error.args[0] not in self._batch:
+            cause += f" (the columns of the batch are {', '.join(map(repr, self._batch))})"
         raise ShardError(f"{self._where}{self._samples}: {cause}") from error
 
 
@@ -99,7 +103,7 @@ def checked_metrics(metrics: Any) -> dict[str, float]:
     for name, value in metrics.items():
         try:
             found[str(name)] = float(value)
-        except (TypeError, ValueError) as e:
+        except (TypeError, ValueError, RuntimeError) as e:  # the last by a tensor of several
             raise DataError(
                 f"its metric {name!r} is a {type(value).__name__}: metrics are numbers, such as"
                 " float(loss)"
@@ -128,4 +132,22 @@ def checked_output(output: Any, data: Batch) -> Batch:
             f"it returned {batch_size(output)} rows for {rows}: return one row for each sample, in"
             " the same order"
         )
+    given, returned = data.get("sample_id"), output.get("sample_id")
+    if given is not None and returned is not None and list(returned) != list(given):
+        row = next(i for i, (a, b) in enumerate(zip(given, returned, strict=True)) if a != b)
+        raise DataError(
+            f"it returned sample {returned[row]!r} as row {row}, where it was given {given[row]!r}:"
+            " rows are matched by their place, so return them in the order they came in"
+        )
     return output
+
+
+def checked_batch(batch: Any, data: Batch) -> Batch:
+    """What `prepare_batch` made of `data`: columns may be new, the rows are the same."""
+    if not isinstance(batch, dict) or batch_size(batch) != batch_size(data):
+        found = f"{batch_size(batch)} rows" if isinstance(batch, dict) else type(batch).__name__
+        raise DataError(
+            f"prepare_batch returned {found} for {batch_size(data)} rows: return the batch with the"
+            " same rows, in their order; leave samples out of the loss in train_step"
+        )
+    return batch

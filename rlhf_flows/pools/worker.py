@@ -235,7 +235,11 @@ class Worker:
                 f"{self._module.name!r} holds policy version {self._version}, shard"
                 f" {call.shard} of episode {call.episode} asks for version {call.version}"
             )
-        source = None if call.source is None else self._datasets.rows(call.source)
+        source = None
+        if call.source is not None:
+            where = (self._module.name, "dataset", call.phase, call.episode, call.shard)
+            with naming(*where, None):
+                source = self._datasets.rows(call.source)
         inputs = [source if i == SOURCE else batches[i] for i in call.inputs]
         data = merge([b for b in inputs if b is not None])
         rows = batch_size(data)

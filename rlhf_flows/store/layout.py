@@ -36,7 +36,7 @@ Kind = Literal[
 
 def check_run_name(name: str) -> str:
     """The name itself, if a run may be called so; it becomes one folder of the store."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", name):
         raise ConfigError(
             f"a run cannot be named {name!r}: use 1 to 128 letters, digits, '.', '_' and '-', the "
             "first one a letter or a digit"
