@@ -860,3 +860,16 @@ def a_working_folder_that_is_not_there(_: Path) -> None:
 def test_there_are_enough_of_them() -> None:
     assert len(CASES) >= 40
     assert len({case.id for case in CASES}) == len(CASES)
+
+
+@says(
+    "'ppo_policy' and 'ppo_value' have different PPO settings", "gamma=1.0 and 0.9", "the same ppo"
+)
+def trainers_of_other_returns(folder: Path) -> None:
+    from rlhf_flows import RLHFEngine
+    from rlhf_flows.models import PPOPolicyTrainer, ValueTrainer
+    from rlhf_flows.settings import PPOSettings
+
+    learner = PPOPolicyTrainer("ppo_policy", path=folder, ppo=PPOSettings(gamma=1.0))
+    critic = ValueTrainer("ppo_value", path=folder, ppo=PPOSettings(gamma=0.9))
+    RLHFEngine(policy, reward, reward, reward, learner, critic)

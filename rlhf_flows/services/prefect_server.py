@@ -230,12 +230,12 @@ def _kept_server() -> PrefectServer:
 
 
 def _started_in_lasting_thread() -> PrefectServer:
-    started: queue.SimpleQueue[PrefectServer | OSError] = queue.SimpleQueue()
+    started: queue.SimpleQueue[PrefectServer | Exception] = queue.SimpleQueue()
 
     def hold() -> None:
         try:
             started.put(PrefectServer())
-        except OSError as e:
+        except Exception as e:  # whatever it is, somebody waits for an answer
             started.put(e)
             return
         # Linux ends a child with the thread that started it, and threads of callers come and go.
@@ -243,7 +243,7 @@ def _started_in_lasting_thread() -> PrefectServer:
 
     threading.Thread(target=hold, name="rlhf_flows Prefect server", daemon=True).start()
     server = started.get()
-    if isinstance(server, OSError):
+    if isinstance(server, Exception):
         raise server
     atexit.register(server.stop)
     return server

@@ -24,7 +24,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--real", action="store_true", help="vLLM and the torch trainer, no toys")
+    kind = parser.add_mutually_exclusive_group()
+    for name, what in (
+        ("real", "vLLM and the torch trainer, no toys"),
+        ("rlhf", "PPO with six models, vLLM among them"),
+    ):
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=what)
+    parser.set_defaults(kind="toys")
     parser.add_argument("--json", type=Path, help="write the outcome of each seed, a line each")
     parser.add_argument("--tally", type=Path, help="only show the table of such a file")
     args = parser.parse_args()
@@ -50,7 +56,7 @@ def main() -> int:
         address = ray.get_runtime_context().gcs_address
         seeds = range(args.first_seed, args.first_seed + args.seeds)
         try:
-            for outcome in campaign(Path(root), seeds, address=address, real=args.real):
+            for outcome in campaign(Path(root), seeds, address=address, kind=args.kind):
                 outcomes.append(outcome)
                 how = "exact" if not outcome.failure else f"NOT EXACT: {outcome.failure}"
                 deaths = ", ".join(

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf_flows.store import open_store, scan, sweep_run
 from tests.chaos.points import POINTS, Order
@@ -48,6 +48,8 @@ SLOW_S = 0.05
 MOST_ATTEMPTS = 8
 PATIENCE_S = 120.0
 _WORKERS = ("policy", "reward", "trainer")
+_MORE_WORKERS = {"rlhf": ("reference", "value", "value_trainer")}
+Kind = Literal["toys", "real", "rlhf"]
 _RANK = "trainer rank 1"
 _RANK_POINTS = ("before a step", "in the middle of a step", "after a step")
 _START_S = 300.0
@@ -83,13 +85,13 @@ class Outcome:
 class Campaign:
     """Runs seeds one after another, on services that are there."""
 
-    def __init__(self, root: Path, *, address: str, real: bool = False) -> None:
+    def __init__(self, root: Path, *, address: str, kind: Kind = "toys") -> None:
         """
         Args:
-            real: vLLM and the torch trainer instead of toys.
+            kind: Which engine: toys, vLLM and the torch trainer ("real"), or PPO with six models.
         """
         self.root = root
-        self.real = real
+        self.kind: Kind = kind
         self.store = root / "store"
         self.address = address
         self.usual_s = 10.0
@@ -110,7 +112,7 @@ class Campaign:
         self.usual_s = time.monotonic() - started
 
     def run(self, seed: int) -> Outcome:
-        outcome = Outcome(seed=seed, deaths=deaths_of(seed, self.usual_s, real=self.real))
+        outcome = Outcome(seed=seed, deaths=deaths_of(seed, self.usual_s, kind=self.kind))
         started = time.monotonic()
         run = f"seed-{seed:05d}"
         try:
@@ -125,7 +127,7 @@ class Campaign:
 
     def _live_through(self, run: str, outcome: Outcome) -> None:
         folder = self._folder(run)
-        settings = self._settings(run, folder, ranks=ranks_of(outcome.seed, real=self.real))
+        settings = self._settings(run, folder, ranks=ranks_of(outcome.seed, kind=self.kind))
         left = list(outcome.deaths)
         while True:
             outcome.attempts += 1
@@ -202,16 +204,16 @@ class Campaign:
             "models": {"trainer": {"ranks_per_replica": ranks}},
             "runtime": RUNTIME,
             "slow_s": SLOW_S,
-            "real": self.real,
+            "kind": self.kind,
         }
 
 
-def ranks_of(seed: int, *, real: bool = False) -> int:
+def ranks_of(seed: int, *, kind: Kind = "toys") -> int:
     """Of the trainer."""
-    return 2 if seed % 5 == 4 and not real else 1
+    return 2 if seed % 5 == 4 and kind == "toys" else 1
 
 
-def deaths_of(seed: int, usual_s: float, *, real: bool = False) -> list[Death]:
+def deaths_of(seed: int, usual_s: float, *, kind: Kind = "toys") -> list[Death]:
     """One to four deaths; the first at the named point whose turn it is."""
     draws = random.Random(seed)
     who, point = POINTS[seed % len(POINTS)]
@@ -221,9 +223,9 @@ def deaths_of(seed: int, usual_s: float, *, real: bool = False) -> list[Death]:
             who, point = draws.choice(POINTS)
             deaths.append(Death(who=who, point=point, visit=draws.randint(1, 4)))
         else:
-            victim = draws.choice(("flow", *_WORKERS))
+            victim = draws.choice(("flow", *_WORKERS, *_MORE_WORKERS.get(kind, ())))
             deaths.append(Death(who=victim, after_s=draws.uniform(0.0, usual_s)))
-    if ranks_of(seed, real=real) > 1:
+    if ranks_of(seed, kind=kind) > 1:
         point = draws.choice((None, *_RANK_POINTS))
         after_s = draws.uniform(0.0, usual_s)
         deaths.append(Death(who=_RANK, point=point, visit=draws.randint(1, 4), after_s=after_s))
@@ -339,10 +341,10 @@ def _actors(namespace: str) -> list[str]:
 
 
 def campaign(
-    root: Path, seeds: Sequence[int], *, address: str, real: bool = False
+    root: Path, seeds: Sequence[int], *, address: str, kind: Kind = "toys"
 ) -> Iterator[Outcome]:
     """The outcome of each seed, as it comes."""
-    chaos = Campaign(root, address=address, real=real)
+    chaos = Campaign(root, address=address, kind=kind)
     try:
         chaos.undisturbed()
         for seed in seeds:

@@ -14,6 +14,7 @@ import json
 import os
 import sys
 import traceback
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import rlhf_flows.attempt.running
 import rlhf_flows.pools.worker  # noqa: F401
 from rlhf_flows.tasks import NoProgress
 from tests.chaos.points import Points
-from tests.chaos.real import real_engine
+from tests.chaos.real import real_engine, rlhf_engine
 from tests.chaos.toys import chaos_engine
 from tests.end_to_end.whole_run import learn
 
@@ -50,9 +51,13 @@ def attempt(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     points = Points("flow", folder)
     points.install()
-    real = settings["real"]
+    engines = {
+        "toys": partial(chaos_engine, slow_s=settings["slow_s"]),
+        "real": real_engine,
+        "rlhf": rlhf_engine,
+    }
     learn(
-        real_engine(folder) if real else chaos_engine(folder, slow_s=settings["slow_s"]),
+        engines[settings["kind"]](folder),
         settings["store"],
         settings["run"],
         address=settings["address"],
