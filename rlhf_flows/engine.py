@@ -36,7 +36,7 @@ from rlhf_flows.reporting.inspection import release_pools
 from rlhf_flows.store import open_store
 from rlhf_flows.tasks.evaluation import evaluated_batches
 from rlhf_flows.tasks.progress import Progress
-from rlhf_flows.tasks.runtime import SyncPair
+from rlhf_flows.tasks.weights import SyncPair
 
 __all__ = ["Engine", "Environment", "Evaluator", "Trainer"]
 

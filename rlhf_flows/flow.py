@@ -282,7 +282,7 @@ class _Phases:
     def missing_evaluations(self, below: int) -> list[int]:
         """Versions below `below` that should be evaluated, are not, and have their weights."""
         done = self._evaluated_versions()
-        lost = self.runtime.versions_without_weights()
+        lost = self.runtime.weights.versions_without_weights()
         return [
             v
             for v in range(min(below, self.first + 1))
@@ -293,7 +293,7 @@ class _Phases:
         runtime = self.runtime
         episodes = {}
         for version in range(1, self.last + 1):
-            commit = await runtime.commit_of(version)
+            commit = await runtime.weights.commit_of(version)
             episodes[version - 1] = {**commit["metrics"], "seconds": commit["seconds"]}
         return RunResult(
             run=runtime.run,

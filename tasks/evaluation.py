@@ -25,11 +25,11 @@ from rlhf_flows.pools import Source
 from rlhf_flows.pools.shards import metrics_of
 from rlhf_flows.store import EvaluationState, ObjectStore, commit_json, read_json
 from rlhf_flows.tasks.bisection import Failure
+from rlhf_flows.tasks.catching_up import ensure_trained
 from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
 from rlhf_flows.tasks.quarantine import refuse_more
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
-from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
 __all__ = ["evaluated_batches", "evaluation", "evaluation_digest"]

@@ -15,7 +15,8 @@ from prefect import task
 from rlhf_flows.errors import SyncError
 from rlhf_flows.pools import Pool, Replica
 from rlhf_flows.tasks.retrying import PHASE
-from rlhf_flows.tasks.runtime import Runtime, SyncPair
+from rlhf_flows.tasks.runtime import Runtime
+from rlhf_flows.tasks.weights import SyncPair
 from rlhf_flows.together import together
 
 __all__ = ["param_sync"]
@@ -57,14 +58,14 @@ async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -
     if not replica.alive:
         await pool.rebuild(replica)
     if replica.version != version:
-        await runtime.bring_to(pool, replica, version)
+        await runtime.weights.bring_to(pool, replica, version)
 
 
 async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
     """The mean distance of logprobs between what the trainer committed and the samplers."""
     if version == 0:
         return None  # both are as their `setup` left them
-    probe = (await runtime.checkpoint_of(pair.source, version)).probe
+    probe = (await runtime.weights.checkpoint_of(pair.source, version)).probe
     if probe is None:
         return None
     pool = runtime.pools[pair.target]

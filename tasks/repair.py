@@ -106,7 +106,7 @@ def _refuse_what_is_lost(
             " from a backup, or resume with the prompts of before"
         ) from cause
     for module, version in _versions(runtime, data, phase).items():
-        if version in runtime.versions_without_weights():
+        if version in runtime.weights.versions_without_weights():
             raise StoreDamageError(
                 f"{what}. It cannot be made again: version {version}, from which {module!r}"
                 " made it, was deleted by retention; restore the object from a backup, or"

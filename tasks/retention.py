@@ -29,24 +29,24 @@ async def retain(runtime: Runtime, *, newest: int, needed: Collection[int] = ())
     keep_last = runtime.config.runtime.keep_last
     # The oldest version that an unfinished episode samples from.
     named = runtime.sampling_version(newest)
-    left = set(range(1, newest + 1)) - runtime.versions_without_weights()
+    left = set(range(1, newest + 1)) - runtime.weights.versions_without_weights()
     full = 0
     doomed: list[FolderRecord] = []
     for version in range(newest, 0, -1):
-        payload = await runtime.commit_of(version)
+        payload = await runtime.weights.commit_of(version)
         records = [CheckpointRecord.from_json(entry) for entry in payload["checkpoints"].values()]
         is_settled = full >= keep_last
         is_old = version <= newest - keep_last and version < named and version not in needed
         old = [r.state for r in records if r.state is not None and is_settled]
         old += [r.weights for r in records if r.weights is not None and is_settled and is_old]
         full += any(r.state is not None for r in records)
-        are_gone = bool(old) and runtime.gone.issuperset(folder.prefix for folder in old)
+        are_gone = bool(old) and runtime.weights.gone.issuperset(folder.prefix for folder in old)
         if are_gone and min(left, default=newest) > version:
             break  # an earlier call was here already, and has left nothing below
         doomed += old
     # The oldest first: whoever is killed here leaves no gap that would hide what is below it.
     for folder in reversed(doomed):
-        if folder.prefix not in runtime.gone:
+        if folder.prefix not in runtime.weights.gone:
             reason = f"retention after version {newest}"
             await asyncio.to_thread(delete_folder, runtime.store, runtime.layout, folder, reason)
-            runtime.gone.add(folder.prefix)
+            runtime.weights.gone.add(folder.prefix)

@@ -7,11 +7,11 @@ from typing import Any
 
 from prefect import task
 
+from rlhf_flows.tasks.catching_up import ensure_trained
 from rlhf_flows.tasks.dispatch import mean_metrics
 from rlhf_flows.tasks.repair import make_sound
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
-from rlhf_flows.tasks.training import ensure_trained
 from rlhf_flows.together import together
 
 __all__ = ["rollout"]

@@ -1,8 +1,8 @@
 """`Runtime`: what the phases of one attempt share: store, pools, graphs, plans, streams.
 
 It lives in the flow process and holds no samples: handles, references and small records only. It
-answers three questions for the phases: what is planned, what is there already, and where the
-weights of a policy version are.
+answers for the phases what is planned and what is there already; where the weights of a policy
+version are, `weights` knows.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rlhf_flows.config import EngineConfig
@@ -19,14 +19,11 @@ from rlhf_flows.data.quarantine import Blamed, Quarantine
 from rlhf_flows.data.stream import ShardHandle, StreamDataset
 from rlhf_flows.errors import (
     DataError,
-    NotBegunError,
-    PoolError,
     ShardDamageError,
     StoreDamageError,
-    SyncError,
 )
 from rlhf_flows.graph import Graph
-from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
+from rlhf_flows.pools import Pool
 from rlhf_flows.store import (
     KeyParts,
     ObjectStore,
@@ -40,8 +37,9 @@ from rlhf_flows.store import (
     scan,
 )
 from rlhf_flows.tasks.progress import NoProgress, Progress
+from rlhf_flows.tasks.weights import RunWeights, SyncPair
 
-__all__ = ["DatasetInfo", "EpisodeData", "PostProcess", "Runtime", "SyncPair"]
+__all__ = ["DatasetInfo", "EpisodeData", "PostProcess", "Runtime"]
 
 
 logger = logging.getLogger(__name__)
@@ -52,14 +50,6 @@ _MOST_GENERATIONS = 5
 
 PostProcess = Callable[[dict[str, list[Any]], dict[str, Any]], Any]
 """Given `{module: [batches]}` of an evaluation and information on it."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SyncPair:
-    """A trained module, and one that samples with its weights."""
-
-    source: str
-    target: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,18 +130,23 @@ class Runtime:
         self.post_process = post_process
         self.only_evaluates = only_evaluates
         self.num_episode = state.trained_episodes if only_evaluates else config.runtime.num_episode
-        self.commits: dict[int, dict[str, Any]] = {}
-        """Payload of `trained.json`, by the policy version it made."""
-        self.gone: set[str] = set(state.deleted)
-        """Prefixes of folders that retention deleted."""
+        self.weights = RunWeights(
+            config=config,
+            run=run,
+            attempt=attempt,
+            store=store,
+            pools=pools,
+            trained=frozenset() if trainer is None else frozenset(trainer.modules),
+            syncs=self.syncs,
+            deleted=state.deleted,
+        )
         self._buried: dict[tuple[ShardPhase, int, int], int] = {}
         """(phase, episode, shard index) -> newest generation that this attempt found damaged."""
         self._episodes: dict[int, EpisodeData] = {}
         self._begun: set[tuple[str, int]] = set()
         self._planning = asyncio.Lock()
-        self._sending: dict[tuple[str, int], asyncio.Future[Any]] = {}
         for pool in pools.values():
-            pool.bring_to = self.bring_to
+            pool.bring_to = self.weights.bring_to
 
     # ---- plans and streams ----------------------------------------------------------------
 
@@ -390,29 +385,7 @@ class Runtime:
         logger.warning("%s: it is made again as generation %d", damage, parts.generation + 1)
         return parts
 
-    # ---- where the weights are ------------------------------------------------------------
-
-    def versions_without_weights(self) -> set[int]:
-        """Trained versions whose weights retention has deleted, or began to."""
-        versions = (self.layout.version_of_weights(prefix) for prefix in self.gone)
-        return {version for version in versions if version is not None}
-
-    async def commit_of(self, version: int) -> dict[str, Any]:
-        """The payload of the commit that made `version` (1 or more)."""
-        if version not in self.commits:
-            key = self.layout.trained(version - 1)
-            self.commits[version] = await asyncio.to_thread(read_json, self.store, key)
-        return self.commits[version]
-
-    async def checkpoint_of(self, module: str, version: int) -> CheckpointRecord:
-        commit = await self.commit_of(version)
-        try:
-            return CheckpointRecord.from_json(commit["checkpoints"][module])
-        except KeyError as e:
-            raise StoreDamageError(
-                f"the commit of version {version} of run {self.run!r} names no checkpoint of"
-                f" {module!r}: it was written by another configuration"
-            ) from e
+    # ---- who asks whom ----------------------------------------------------------------------
 
     def trained_in(self, phase: ShardPhase | Literal["evaluation"]) -> frozenset[str]:
         """The trained modules that a phase asks themselves, not one that follows them."""
@@ -432,94 +405,6 @@ class Runtime:
         graph = self.environment
         modules = {n.module for n in graph.nodes if n.id in nodes} if graph is not None else set()
         return sorted(modules & {pair.target for pair in self.syncs})
-
-    def source_of(self, target: str) -> str:
-        """The trained module whose weights `target` follows."""
-        for pair in self.syncs:
-            if pair.target == target:
-                return pair.source
-        raise PoolError(
-            f"module {target!r} is asked for a policy version, but follows no trainer: say which"
-            f" with engine.set_parameter_sync(trainer, {target})"
-        )
-
-    async def weights_of(self, module: str, version: int) -> WeightsSource | None:
-        """The weights as Ray objects, if the trainer holds that version and is at rest."""
-        key = (module, version)
-        if module not in self.pools:
-            return None
-        if key not in self._sending:
-            (replica,) = self.pools[module].replicas
-            state, busy = replica.state, bool(replica.working_on)
-            if not replica.alive or busy or not state.clean or state.version != version:
-                return None
-            # Packed once, whoever asks while it is being packed.
-            sending = self.pools[module].call(
-                "send_weights",
-                self.attempt,
-                version,
-                self.config.runtime.sync_bucket_bytes,
-                what=f"packing the weights of version {version}",
-                timeout_s=self.config.runtime.sync_timeout_s,
-            )
-            self._sending[key] = asyncio.ensure_future(sending)
-            self._sending[key].add_done_callback(lambda _: self._sending.pop(key, None))
-        source: WeightsSource | None = await asyncio.shield(self._sending[key])
-        return source
-
-    async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:
-        """Brings one replica of a sampler to a policy version: from the trainer, else the store.
-
-        A failed load leaves an engine in no known state: the replica is then replaced, and loads
-        from the store.
-        """
-        is_trained = self.trainer is not None and pool.name in self.trainer.modules
-        module = pool.name if is_trained else self.source_of(pool.name)
-        if version == 0:
-            if replica.version != 0:
-                await pool.rebuild(replica)
-            return
-        if is_trained:
-            await self._restore_trained(pool, replica, version)
-            return
-        timeout_s = self.config.runtime.sync_timeout_s
-        for is_last in (False, True):
-            source = None if is_last else await self.weights_of(module, version)
-            args: tuple[Any, ...]
-            if source is not None:
-                method, args = "receive_weights", (source, timeout_s)
-            else:
-                record = replace(await self.checkpoint_of(module, version), state=None)
-                method, args = "restore", (record, version)
-            what = f"loading the weights of version {version}"
-            try:
-                replica.state = await pool.on_replica(
-                    replica, method, self.attempt, *args, what=what, timeout_s=timeout_s
-                )
-            except SyncError as e:
-                if is_last:
-                    raise
-                logger.warning("%s", e)
-                await pool.rebuild(replica)
-            else:
-                return
-
-    async def _restore_trained(self, pool: Pool, replica: Replica, version: int) -> None:
-        record = await self.checkpoint_of(pool.name, version)
-        if record.state is None:
-            raise NotBegunError(
-                f"{pool.name!r} is asked for version {version}, which was committed without its"
-                " training state: the phase begins again, and trains it back to there first"
-            )
-        replica.state = await pool.on_replica(
-            replica,
-            "restore",
-            self.attempt,
-            record,
-            version,
-            what=f"restoring version {version}",
-            timeout_s=self.config.runtime.setup_timeout_s,
-        )
 
     async def check_fence(self) -> None:
         await asyncio.to_thread(check_fence, self.store, self.run, self.attempt)

@@ -1,52 +1,29 @@
-"""Training: one pass over an episode's samples, then the one commit of all that evolved.
+"""Training: the steps of an episode, then the one commit of all that evolved.
 
-Membership and order of the batches come from the plan alone, so a step starts as soon as the shards
-of its batch are scored, whatever came in before. Groups in quarantine leave their own batch smaller
-and every other as it is; which they are is known of a shard once it is scored. A trainer that is
-not cleanly at the version of the last commit goes back to it first; between full checkpoints it
-gets there by training again from the stored shards, and must reproduce the digest of every commit
-on its way. Shards that turn out to be damaged are put back (`repair`).
+A trainer that is not cleanly at the version of the last commit goes back to it first.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 from prefect import task
 
-from rlhf_flows.data.plan import GroupRef, training_batches
-from rlhf_flows.errors import (
-    InputLostError,
-    NotBegunError,
-    PoolError,
-    ShardDamageError,
-    StoreDamageError,
-)
+from rlhf_flows.errors import PoolError
 from rlhf_flows.graph import Node
-from rlhf_flows.pools import (
-    CheckpointRecord,
-    Pool,
-    Replica,
-    Source,
-    StoredShard,
-    TrainCall,
-    TrainRows,
-)
-from rlhf_flows.store import ShardPhase, commit_json
-from rlhf_flows.tasks.relay import relay_batches, relay_samples, takes_relayed
-from rlhf_flows.tasks.repair import make_missing, repair
+from rlhf_flows.pools import CheckpointRecord
+from rlhf_flows.store import commit_json
+from rlhf_flows.tasks.catching_up import ensure_version
+from rlhf_flows.tasks.relay import takes_relayed
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
+from rlhf_flows.tasks.steps import tell_committed, train_episode, trained_nodes, trainer_of
 from rlhf_flows.together import together
 
-__all__ = ["ensure_trained", "training"]
-
-logger = logging.getLogger(__name__)
+__all__ = ["training"]
 
 
 @task(name="training", task_run_name="training {episode}", **PHASE)
@@ -54,11 +31,11 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     """Trains every trainable module on an episode and commits policy version `episode + 1`."""
     started = time.perf_counter()
     data = await runtime.episode(episode)
-    nodes = _trained_nodes(runtime)
+    nodes = trained_nodes(runtime)
     async with together() as group:
         for node in nodes:
-            group.create_task(_ensure_version(runtime, node, episode))
-    metrics = await _train_episode(runtime, data, nodes, report=True)
+            group.create_task(ensure_version(runtime, node, episode))
+    metrics = await train_episode(runtime, data, nodes, report=True)
     # Nothing of the next plan hangs on this training: nobody has to wait for it later.
     async with together() as group:
         group.create_task(runtime.prepare(episode + 1))
@@ -69,280 +46,10 @@ async def training(runtime: Runtime, episode: int) -> dict[str, Any]:
     rows = _row_counts(runtime, data, nodes[0], metrics)
     await _commit(runtime, data, records, metrics, rows, time.perf_counter() - started)
     for node in nodes:
-        _committed(runtime, node, episode + 1)
+        tell_committed(runtime, node, episode + 1)
     seconds = time.perf_counter() - started
     runtime.progress.finished("training", episode, seconds, metrics)
     return {"episode": episode, "version": episode + 1, "seconds": seconds, **metrics}
-
-
-def _trained_nodes(runtime: Runtime) -> tuple[Node, ...]:
-    assert runtime.trainer is not None
-    return runtime.trainer.nodes
-
-
-async def _train_episode(
-    runtime: Runtime, data: EpisodeData, nodes: Sequence[Node], *, report: bool
-) -> dict[str, float]:
-    """All optimizer steps of one episode; the means of what the modules measured."""
-    if takes_relayed(runtime, data.plan.episode):
-        return await _train_relayed(runtime, data, nodes, report=report)
-    settings = runtime.config.runtime
-    batches = [
-        batch
-        for epoch in range(settings.num_training_epoch)
-        for batch in training_batches(
-            data.plan,
-            samples_per_batch=settings.samples_per_batch,
-            epoch=epoch,
-            shuffle=settings.data_shuffle,
-            whole_batches=settings.training_shuffle_mode == "batch",
-        )
-    ]
-    given: dict[str, dict[int, frozenset[str]]] = {node.module: {} for node in nodes}
-    measured: list[dict[str, float]] = []
-    if report:
-        runtime.progress.started("training", data.plan.episode, len(batches))
-    for index in range(len(batches)):
-        steps: dict[int, asyncio.Task[Mapping[str, float]]] = {}
-
-        async def step(node: Node, index: int = index, steps: Any = steps) -> Mapping[str, float]:
-            for other in node.after:
-                await steps[other]
-            held = given[node.module]
-            return await _step(runtime, data, node, batches=batches, index=index, given=held)
-
-        async with together() as group:
-            for node in nodes:
-                steps[node.id] = group.create_task(step(node))
-        measured.append(_merge_metrics(nodes, [steps[node.id].result() for node in nodes]))
-        if report:
-            runtime.progress.advanced("training", data.plan.episode, index + 1)
-    for node in nodes:
-        _refuse_blame(data, node, given[node.module])
-    return _over_updates(measured)
-
-
-async def _train_relayed(
-    runtime: Runtime, data: EpisodeData, nodes: Sequence[Node], *, report: bool
-) -> dict[str, float]:
-    """The same on what the relay function returns."""
-    count = await relay_samples(runtime, data, nodes)
-    calls = relay_batches(runtime, data.plan.episode, count)
-    measured: list[dict[str, float]] = []
-    if report:
-        runtime.progress.started("training", data.plan.episode, len(calls))
-    for call in calls:
-        async with together() as group:
-            steps = [group.create_task(_relayed_step(runtime, node, call)) for node in nodes]
-        measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
-        if report:
-            runtime.progress.advanced("training", data.plan.episode, call.index + 1)
-    return _over_updates(measured)
-
-
-async def _relayed_step(runtime: Runtime, node: Node, call: TrainCall) -> Mapping[str, float]:
-    pool, replica = _trainer(runtime, node)
-    replica.state = replace(replica.state, clean=False)
-    assert runtime.trainer is not None
-    wants: Any = runtime.trainer.modules[node.module]
-    whole = call.episode_rows if wants.wants_episode(call.num_updates) else None
-    what = f"step {call.index + 1} of {call.num_updates} of training of episode {call.episode}"
-    metrics: Mapping[str, float] = await pool.call(
-        "train",
-        replace(call, method=node.method, episode_rows=whole),
-        what=f"{what} ({node.label})",
-        timeout_s=runtime.config.runtime.train_timeout_s,
-    )
-    return metrics
-
-
-async def _step(
-    runtime: Runtime,
-    data: EpisodeData,
-    node: Node,
-    *,
-    batches: Sequence[Sequence[GroupRef]],
-    index: int,
-    given: dict[int, frozenset[str]],
-) -> Mapping[str, float]:
-    """One optimizer step of one module, once the shards that it needs are there.
-
-    Args:
-        given: Shards that the module has, and which of their samples were left out.
-    """
-    episode = data.plan.episode
-    timeout_s = runtime.config.runtime.train_timeout_s
-    module = runtime.trainer.modules[node.module] if runtime.trainer else None
-    whole = bool(module and module.wants_episode(len(batches)))  # type: ignore[attr-defined]
-    needed = {ref.shard for batch in (batches if whole else [batches[index]]) for ref in batch}
-    new = sorted(needed - given.keys())
-    if runtime.environment is not None:
-        await data.scored.wait_for(new, timeout_s=timeout_s)
-        if runtime.rollout_nodes and data.rollout is not data.scored:
-            # A scored shard is there where its rollout shard was damaged and is being made again.
-            await data.rollout.wait_for(new, timeout_s=timeout_s)
-    what = f"step {index + 1} of {len(batches)} of training of episode {episode} ({node.label})"
-    pool, replica = _trainer(runtime, node)
-    replica.state = replace(replica.state, clean=False)
-    from_store = False
-    while True:
-        _refuse_blame(data, node, given)
-        left_out = {shard: data.quarantine.left_out([shard]) for shard in new}
-        call = TrainCall(
-            attempt=runtime.attempt,
-            episode=episode,
-            version=episode,
-            index=index,
-            iteration=episode * len(batches) + index,
-            num_updates=len(batches),
-            method=node.method,
-            rows=_rows(data, batches[index]),
-            episode_rows=(
-                tuple(_rows(data, batch) for batch in batches) if whole and index == 0 else None
-            ),
-            left_out=frozenset().union(*left_out.values()),
-        )
-        complete, tables = _shards(runtime, data, call, new, from_store=from_store)
-        try:
-            metrics: Mapping[str, float] = await pool.call(
-                "train", complete, *tables, what=what, timeout_s=timeout_s
-            )
-        except ShardDamageError as damage:
-            # The worker reads all shards before it does anything: the call can be made again. Who
-            # is left out may be known anew by then.
-            await repair(runtime, data, damage)
-        except InputLostError as e:
-            if from_store:
-                raise
-            logger.warning("%s: it is read from the store", e)
-            from_store = True
-        else:
-            given.update(left_out)
-            return metrics
-
-
-def _refuse_blame(data: EpisodeData, node: Node, given: Mapping[int, frozenset[str]]) -> None:
-    """Rows are counted without those left out: what a module was given cannot lose one later.
-
-    Raises:
-        NotBegunError: that happened, in the repair of a shard; the episode is trained again.
-    """
-    for shard, left_out in given.items():
-        if data.quarantine.left_out([shard]) != left_out:
-            raise NotBegunError(
-                f"a sample of shard {shard} of episode {data.plan.episode} was quarantined after"
-                f" {node.label} was given that shard: training of the episode starts again"
-            )
-
-
-def _shards(
-    runtime: Runtime,
-    data: EpisodeData,
-    call: TrainCall,
-    indices: Sequence[int],
-    *,
-    from_store: bool,
-) -> tuple[TrainCall, list[Any]]:
-    """The call with the shards that go with it, and their tables."""
-    if runtime.environment is None:
-        sources = [(i, Source(dataset="train", columns=data.plan.samples(i))) for i in indices]
-        return replace(call, sources=tuple(sources)), []
-    tables = [
-        (i, _tables(data, i, from_store=from_store)) for i in indices if data.scored[i].rows != 0
-    ]
-    counts = tuple((i, len(some)) for i, some in tables)
-    return replace(call, shards=counts), [table for _, some in tables for table in some]
-
-
-def _tables(data: EpisodeData, index: int, *, from_store: bool) -> list[Any]:
-    """A scored shard in its parts: what was sampled, if anything was, and what was scored."""
-    parts = [data.scored[index]]
-    if data.scored is not data.rollout and index not in data.rollout.missing:
-        parts.insert(0, data.rollout[index])
-    return [
-        StoredShard(key=part.key) if from_store or part.ref is None else part.ref for part in parts
-    ]
-
-
-def _rows(data: EpisodeData, batch: Sequence[GroupRef]) -> tuple[TrainRows, ...]:
-    """Sibling rows of each group, in the order of the batch, less the groups left out."""
-    return tuple(TrainRows(shard=shard, rows=rows) for shard, rows in data.quarantine.rows(batch))
-
-
-def _trainer(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
-    pool = runtime.pools[node.module]
-    (replica,) = pool.replicas
-    return pool, replica
-
-
-# ---- back to the last commit ------------------------------------------------------------------
-
-
-async def ensure_trained(
-    runtime: Runtime, phase: ShardPhase | Literal["evaluation"], version: int
-) -> None:
-    """Brings the trained modules that a phase asks themselves cleanly to `version`."""
-    asked = runtime.trained_in(phase)
-    async with together() as group:
-        for node in _trained_nodes(runtime) if asked else ():
-            if node.module in asked:
-                group.create_task(_ensure_version(runtime, node, version))
-
-
-async def _ensure_version(runtime: Runtime, node: Node, version: int) -> None:
-    """Brings a trainer cleanly to `version`, the last committed one."""
-    pool, replica = _trainer(runtime, node)
-    if replica.alive and replica.state.clean and replica.version == version:
-        return
-    timeout_s = runtime.config.runtime.setup_timeout_s
-    base = await _last_full_checkpoint(runtime, node.module, version)
-    if base == 0:
-        await pool.rebuild(replica)
-    else:
-        record = await runtime.checkpoint_of(node.module, base)
-        replica.state = await pool.call(
-            "restore",
-            runtime.attempt,
-            record,
-            base,
-            what=f"restoring version {base} of {node.module}",
-            timeout_s=timeout_s,
-        )
-    if base < version:
-        await runtime.look_again()
-    for episode in range(base, version):
-        await _train_again(runtime, node, episode)
-
-
-async def _last_full_checkpoint(runtime: Runtime, module: str, version: int) -> int:
-    for candidate in range(version, 0, -1):
-        if (await runtime.checkpoint_of(module, candidate)).state is not None:
-            return candidate
-    return 0
-
-
-async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
-    """Trains on a stored episode that was committed without full state, to the same weights."""
-    data = await runtime.episode(episode)
-    await make_missing(runtime, data)
-    await _train_episode(runtime, data, [node], report=False)
-    pool, _ = _trainer(runtime, node)
-    digest = await pool.call(
-        "weights_digest",
-        runtime.attempt,
-        what=f"the digest of version {episode + 1} of {node.module}",
-        timeout_s=runtime.config.runtime.train_timeout_s,
-    )
-    committed = (await runtime.checkpoint_of(node.module, episode + 1)).digest
-    if digest != committed:
-        raise StoreDamageError(
-            f"training episode {episode} of run {runtime.run!r} again from its stored shards gave"
-            f" other weights ({digest[:12]}) than were committed ({committed[:12]}): resume on the"
-            " machine type and thread count of the commit, or set"
-            " runtime.save_episode_interval=1 for runs that move"
-        )
-    _committed(runtime, node, episode + 1)
-    runtime.forget(episode)
 
 
 # ---- the commit -------------------------------------------------------------------------------
@@ -351,7 +58,7 @@ async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
 async def _checkpoint(runtime: Runtime, node: Node, *, version: int) -> CheckpointRecord:
     settings = runtime.config.runtime
     is_last = version == settings.num_episode
-    pool, _ = _trainer(runtime, node)
+    pool, _ = trainer_of(runtime, node)
     record: CheckpointRecord = await pool.call(
         "checkpoint",
         runtime.attempt,
@@ -387,11 +94,11 @@ async def _commit(
     commit = await asyncio.to_thread(
         commit_json, runtime.store, runtime.layout.trained(episode), payload
     )
-    runtime.commits[episode + 1] = commit.payload
+    runtime.weights.commits[episode + 1] = commit.payload
     if commit.mine:
         return
     for record in records:
-        theirs = await runtime.checkpoint_of(record.module, episode + 1)
+        theirs = await runtime.weights.checkpoint_of(record.module, episode + 1)
         if theirs.digest != record.digest:
             raise PoolError(
                 f"episode {episode} of run {runtime.run!r} was committed by attempt"
@@ -423,41 +130,3 @@ def _row_counts(
         "filtered": given - trained,
         "quarantined": quarantined,
     }
-
-
-def _committed(runtime: Runtime, node: Node, version: int) -> None:
-    """Tells the trainer. Its calls run in order, so that its next one knows; no answer is needed:
-    one that died is found at its next call, and comes back from the commit."""
-    pool, replica = _trainer(runtime, node)
-    pool.tell(replica, "committed", version)
-    replica.state = replace(replica.state, version=version, clean=True)
-
-
-# ---- metrics ----------------------------------------------------------------------------------
-
-_SUMMED = frozenset(
-    {"pairs", "groups_tied", "rows", "rows_trained", "rows_filtered", "tokens", "seconds"}
-)
-
-
-def _merge_metrics(
-    nodes: Sequence[Node], measured: Sequence[Mapping[str, float]]
-) -> dict[str, float]:
-    """One module's metrics under their names; of several, under `module/name`."""
-    if len(nodes) == 1:
-        return dict(measured[0])
-    return {
-        f"{node.module}/{name}": value
-        for node, metrics in zip(nodes, measured, strict=True)
-        for name, value in metrics.items()
-    }
-
-
-def _over_updates(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    names = dict.fromkeys(name for metrics in measured for name in metrics)
-    merged = {}
-    for name in names:
-        values = [m[name] for m in measured if name in m]
-        total = sum(values)
-        merged[name] = total if name.rpartition("/")[2] in _SUMMED else total / len(values)
-    return merged

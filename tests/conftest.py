@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.s3_server import bucket, s3_server  # noqa: F401  fixtures for every room
 
@@ -44,7 +44,9 @@ os.environ.pop("PREFECT_API_URL", None)
 
 
 # How long an example takes says more about what else runs on these cores than about the code.
-settings.register_profile("shared_cores", deadline=None)
+settings.register_profile(
+    "shared_cores", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("shared_cores")
 
 

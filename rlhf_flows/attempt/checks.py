@@ -22,7 +22,8 @@ from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import BATCH, Graph, phases, trace
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.store import check_run_name
-from rlhf_flows.tasks.runtime import DatasetInfo, SyncPair
+from rlhf_flows.tasks.runtime import DatasetInfo
+from rlhf_flows.tasks.weights import SyncPair
 
 __all__ = ["check"]
 

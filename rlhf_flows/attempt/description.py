@@ -12,7 +12,8 @@ from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import Graph
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.tasks.progress import Progress
-from rlhf_flows.tasks.runtime import DatasetInfo, SyncPair
+from rlhf_flows.tasks.runtime import DatasetInfo
+from rlhf_flows.tasks.weights import SyncPair
 
 __all__ = [
     "Checked",
