@@ -6,7 +6,7 @@ export VENV PYTHON
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow chaos check fix bench install dev clean
+.PHONY: help train test test-slow test-long chaos check fix bench install dev clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -14,11 +14,14 @@ help: ## list these commands
 train: install ## train the quickstart: a small policy gets visibly better, on CPU, within minutes
 	$(BIN)/rlhf-flows train quickstart $(ARGS)
 
-test: dev ## run the tests (all but those marked slow, s3 or gpu)
+test: dev ## run the tests (all but those marked slow, long, s3 or gpu)
 	$(BIN)/pytest $(ARGS)
 
 test-slow: dev ## run the slow ones: real workers, killed machines, poison (20 minutes)
 	$(BIN)/pytest -m "slow and not s3 and not gpu" $(ARGS)
+
+test-long: dev ## run the long ones: what trains for minutes
+	$(BIN)/pytest -m "long and not s3 and not gpu" $(ARGS)
 
 chaos: dev ## kill runs at named points and random times, and audit them: SEEDS=20 FIRST_SEED=0
 	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),20) --first-seed $(or $(FIRST_SEED),0) $(ARGS)

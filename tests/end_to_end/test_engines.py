@@ -104,6 +104,7 @@ class PPOToyTrainer(ToyTrainer):
         return {**data, "reward": data["reward"] - 0.01 * kl, "kl": kl}
 
 
+@pytest.mark.slow
 def test_rlhf_trains_policy_and_value_and_both_are_followed(store: Path) -> None:
     engine = RLHFEngine(
         TersePolicy("policy"),
@@ -174,6 +175,7 @@ PAIRS = [
 ]
 
 
+@pytest.mark.slow
 def test_dpo_trains_on_every_pair_and_samples_nothing(store: Path) -> None:
     engine = DPOEngine(PairReference("reference"), PairTrainer("ppo_policy")).set_dataset(PAIRS)
     result = learn(engine, store, "dpo", num_inference_per_prompt=1)
@@ -216,6 +218,7 @@ class Judge(BaseModule):
         return {"verdict": (data["reward"] == 1.0).float()}
 
 
+@pytest.mark.slow
 def test_evaluation_asks_each_model_in_turn(store: Path) -> None:
     models = [TersePolicy("policy"), ToyReward("reward"), Judge("judge")]
     engine = EvalEngine(models).set_dataset(ROWS[:16])
@@ -259,6 +262,7 @@ class Slow(Preferring):
         super().load_weights(weights)
 
 
+@pytest.mark.slow
 def test_weights_are_kept_until_a_slow_follower_has_them(store: Path) -> None:
     engine = RewardModelEngine(PairTrainer("trainer"), Slow("reward"))
     engine.set_dataset(PAIRS).set_eval_dataset(PAIRS[:4])

@@ -199,6 +199,7 @@ def test_a_run_that_another_thread_stops_says_so_and_is_resumed(store: Path, ser
     assert result.resumed_at == reached
 
 
+@pytest.mark.slow
 def test_several_datasets_are_mixed_by_their_ratio(store: Path, services: str) -> None:
     engine = GRPOEngine(ToyPolicy("policy"), ToyTrainer("trainer"), ToyReward("reward"), name="toy")
     engine.set_multiple_datasets(
@@ -218,6 +219,7 @@ def best_of_all(buffers: list[EpisodeRelayBuffer]) -> list[dict[str, Any]]:
     return samples[: len(samples) // 2]
 
 
+@pytest.mark.slow
 def test_relayed_samples_are_trained_on_and_again_after_a_death(store: Path, services: str) -> None:
     def engine(trainer: ToyTrainer) -> GRPOEngine:
         made = GRPOEngine(ToyPolicy("policy"), trainer, ToyReward("reward"), name="toy")

@@ -62,6 +62,7 @@ def test_the_main_file_of_the_programming_interface_runs(
     assert last["metrics"]["ppo_value/value_loss"] < first["metrics"]["ppo_value/value_loss"]
 
 
+@pytest.mark.slow
 def test_a_custom_flow_runs_and_what_it_evaluates_rises(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_a_custom_engine_runs_with_and_without_an_evaluator(
     assert sorted(len(state.evaluations) for state in states) == [0, 2]  # before, and at the end
 
 
+@pytest.mark.slow
 def test_the_main_file_of_dpo_runs(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -113,16 +115,12 @@ def _imported(program: str) -> list[str]:
     return [re.sub(r"(?<!^)([A-Z])", r"_\1", name).lower() for name in classes]
 
 
-@pytest.mark.parametrize(
-    ("program", "config"),
-    [("dpo", "pairs.yaml"), pytest.param("custom_flow", "rlhf.yaml", marks=pytest.mark.slow)],
-)
 def test_a_program_without_a_source_file_runs(
-    tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch, program: str, config: str
+    tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RLHF_FLOWS_STORE", str(tmp_path))
-    monkeypatch.setattr(sys, "argv", ["", "-c", str(EXAMPLES / config)])
-    exec(in_one_text(program), {"__name__": "__main__"})
+    monkeypatch.setattr(sys, "argv", ["", "-c", str(EXAMPLES / "pairs.yaml")])
+    exec(in_one_text("dpo"), {"__name__": "__main__"})
     ((_, state),) = runs(tmp_path).items()
     assert state.trained_episodes == 3
 

@@ -25,7 +25,7 @@ def test_preferences_prefer_what_is_better_and_know_no_held_out_prompt() -> None
     assert rows == preferences(200, sort_digits.training_prompts(500), seed=0)
 
 
-@pytest.mark.slow
+@pytest.mark.long  # three runs of training: four minutes
 @pytest.mark.timeout(1500)
 @pytest.mark.usefixtures("services")
 def test_the_learnt_reward_and_the_truth_rise(
