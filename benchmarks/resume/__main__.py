@@ -1,6 +1,6 @@
 """What resuming costs: from `kill -9` of the flow to its first new shard, and what it waits for.
 
-    python -m benchmarks.resume [--quick] [--json FILE]
+    python -m benchmarks.resume [--quick] [--json FILE] [--store URL]
 
 A run with N committed shards is killed in rollout and started again, once with the pools alive (a
 Ray head of its own) and once cold. Beside it: the listing of runs of many shards (`scan`), and the
@@ -40,14 +40,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resume")
     parser.add_argument("--quick", action="store_true", help="leave out the largest runs")
     parser.add_argument("--json", type=Path, help="write all that was measured here")
+    parser.add_argument("--store", help="only the cost of a commit, in this store (s3://…)")
     args = parser.parse_args()
     prepare_environment()
     machine = describe_machine()
     print(one_line(machine), flush=True)
-    commits = {str(size): _commit_ms(size) for size in (20_000, 200_000, 2_000_000)}
+    sizes = (20_000, 200_000, 2_000_000)
+    commits = {str(size): _commit_ms(size, args.store) for size in sizes}
     print("\n| one shard of | committed in (median of 50) |\n|---|---|")
     for size, milliseconds in commits.items():
         print(f"| {int(size) // 1000} kB | {milliseconds:.1f} ms |")
+    if args.store:
+        return
     scans = {str(n): _scan_s(n) for n in SCANNED[: 2 if args.quick else 3]}
     print("\n| shards of a run | samples | scan |\n|---|---|---|")
     for shards, seconds in scans.items():
@@ -72,12 +76,13 @@ def main() -> None:
 # ---- the store alone --------------------------------------------------------------------------
 
 
-def _commit_ms(size: int) -> float:
+def _commit_ms(size: int, url: str | None) -> float:
+    """In a folder that goes with it, or below `url`, where the objects stay."""
     from rlhf_flows.store import RunLayout, commit_bytes, open_store
 
-    data, layout = os.urandom(size), RunLayout("run")
+    data, layout = os.urandom(size), RunLayout(f"commits-{size}-{os.getpid()}")
     with tempfile.TemporaryDirectory(prefix="rlhf-flows-bench-") as folder:
-        store = open_store(folder)
+        store = open_store(url or folder)
         taken = []
         for index in range(50):
             started = time.perf_counter()
