@@ -127,6 +127,7 @@ def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path)
     assert {k for k in by_key if k.startswith("grpo-")} == {
         "grpo-progress",
         "grpo-curves",
+        "grpo-flows",
         "grpo-episodes",
         "grpo-samples",
     }
@@ -137,5 +138,6 @@ def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path)
     assert all(0 <= row["reward"] <= 1 and 0 <= row["exact"] <= 1 for row in episodes)
     samples = json.loads(by_key["grpo-samples"].data)
     assert all(row["prompt"].endswith(">") for row in samples)
-    assert "data:image/svg+xml;base64," in by_key["grpo-curves"].data
+    for picture in ("grpo-curves", "grpo-flows"):
+        assert "data:image/svg+xml;base64," in by_key[picture].data
     assert by_key["sft-progress"].data == 100
