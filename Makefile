@@ -17,7 +17,7 @@ train: install ## train the quickstart: a small policy gets visibly better, on C
 test: dev ## run the tests (all but those marked slow, long, s3 or gpu)
 	$(BIN)/pytest $(ARGS)
 
-test-slow: dev ## run the slow ones: real workers, killed machines, poison (20 minutes)
+test-slow: dev ## run the slow ones: real workers, killed machines, poison (25 minutes)
 	$(BIN)/pytest -m "slow and not s3 and not gpu" $(ARGS)
 
 test-long: dev ## run the long ones: what trains for minutes

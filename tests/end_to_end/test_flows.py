@@ -97,6 +97,7 @@ def test_a_module_that_samples_learns_and_is_evaluated_gives_what_two_synced_one
         run(engine, store, "lagging", max_staleness=1)
 
 
+@pytest.mark.slow
 def test_a_module_called_twice_several_outputs_and_an_order_without_data(
     store: Path, services: str
 ) -> None:

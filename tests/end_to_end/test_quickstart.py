@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 # Four starts of vLLM and of services of their own: minutes on two cores.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 SMALL = (
     "warmup_steps=20",

@@ -26,7 +26,7 @@ from rlhf_flows.settings import DPOSettings, OptimizerSettings
 from tests.end_to_end.whole_run import samples, shard_digests, weight_digests
 
 # Processes of torch and transformers, a few for each run.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("services")]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(600), pytest.mark.usefixtures("services")]
 
 FAST = OptimizerSettings(learning_rate=3e-3)
 PAIRS = [

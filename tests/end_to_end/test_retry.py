@@ -91,6 +91,7 @@ def test_what_a_run_warns_of_is_on_the_page_of_its_flow_run(
     assert not [h for h in logging.getLogger("rlhf_flows").handlers if h.level]
 
 
+@pytest.mark.slow
 def test_a_run_that_died_too_often_stays_failed_and_says_why_and_how_to_go_on(
     tmp_path: Path, client: SyncPrefectClient
 ) -> None:

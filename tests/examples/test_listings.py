@@ -62,7 +62,7 @@ def test_the_main_file_of_the_programming_interface_runs(
     assert last["metrics"]["ppo_value/value_loss"] < first["metrics"]["ppo_value/value_loss"]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # all of them run in a notebook, too
 def test_a_custom_flow_runs_and_what_it_evaluates_rises(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -78,7 +78,7 @@ def test_a_custom_flow_runs_and_what_it_evaluates_rises(
         assert f'["{call}"]' in drawn
 
 
-@pytest.mark.slow
+@pytest.mark.long  # all of them run in a notebook, too
 def test_a_custom_engine_runs_with_and_without_an_evaluator(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -88,7 +88,7 @@ def test_a_custom_engine_runs_with_and_without_an_evaluator(
     assert sorted(len(state.evaluations) for state in states) == [0, 2]  # before, and at the end
 
 
-@pytest.mark.slow
+@pytest.mark.long  # all of them run in a notebook, too
 def test_the_main_file_of_dpo_runs(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
