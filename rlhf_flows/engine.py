@@ -249,8 +249,9 @@ class Engine:
         """
         for stop in list(self._running):
             stop()
-        if self.config.cluster.address is not None and self.config.run_name is not None:
-            release_pools(self.config.cluster.address, self.config.run_name)
+        address, run = self.config.cluster.address, self.config.run_name or self._last_run
+        if address is not None and run is not None:
+            release_pools(address, run)
 
     def graph(self) -> str:
         """The flows as Mermaid text. Raises GraphError where one cannot be traced."""
