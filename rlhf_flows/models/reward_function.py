@@ -9,9 +9,7 @@ column of the batch); parameters named `prompts` or `completions`, or the decora
 from __future__ import annotations
 
 import difflib
-import importlib
 import inspect
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -19,6 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from rlhf_flows.errors import RewardError
+from rlhf_flows.registry import import_object
 
 __all__ = ["RewardFunction", "batch_reward"]
 
@@ -56,7 +55,11 @@ class RewardFunction:
             RewardError: it cannot be imported (with the nearest name that can), is no function, or
                 takes no completion.
         """
-        call = _import(function) if isinstance(function, str) else function
+        call = (
+            import_object(function, what="reward", kind="function", error=RewardError)
+            if isinstance(function, str)
+            else function
+        )
         label = function if isinstance(function, str) else _label(function)
         if not callable(call):
             raise RewardError(
@@ -127,48 +130,3 @@ def row_values(column: Any) -> list[Any]:
 
 def _label(function: Any) -> str:
     return getattr(function, "__qualname__", None) or type(function).__name__
-
-
-def _import(name: str) -> Any:
-    module_name, colon, path = name.partition(":")
-    if not (colon and module_name and path):
-        raise RewardError(
-            f"reward {name!r} is no name of a function: write package.module:function"
-        )
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not f"{module_name}.".startswith(f"{e.name}."):
-            raise RewardError(
-                f"reward {name!r} cannot be imported: {module_name} itself imports {e.name!r},"
-                " which is not installed here"
-            ) from e
-        raise RewardError(
-            f"reward {name!r} cannot be imported: there is no module {e.name!r}"
-            f"{_nearest(e.name.rpartition('.')[2], _modules_beside(e.name))}. Its folder must be"
-            " on PYTHONPATH, or its package installed"
-        ) from e
-    except Exception as e:  # a user's module may raise anything
-        raise RewardError(
-            f"reward {name!r} cannot be imported: {module_name} raises {type(e).__name__}: {e}"
-        ) from e
-    for attribute in path.split("."):
-        if not hasattr(found, attribute):
-            public = [n for n in dir(found) if not n.startswith("_")]
-            raise RewardError(
-                f"reward {name!r} cannot be imported: {module_name} has no {attribute!r}"
-                f"{_nearest(attribute, public) or ', it has ' + ', '.join(public[:8])}"
-            )
-        found = getattr(found, attribute)
-    return found
-
-
-def _modules_beside(module_name: str) -> list[str]:
-    parent = module_name.rpartition(".")[0]
-    path = importlib.import_module(parent).__path__ if parent else None
-    return [m.name for m in pkgutil.iter_modules(path)]
-
-
-def _nearest(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (nearest: {near[0]!r})" if near else ""
