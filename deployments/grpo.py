@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from prefect import flow
 from pydantic import Field, model_validator
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.data.rows import load_rows
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
+from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import GRPOEngine
+from rlhf_flows.flow import RunResult
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.function_reward import FunctionReward
 from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.reference import Reference
-from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
+from rlhf_flows.models.samplers import Sampler, policy_class
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
-from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "GRPOConfig", "GRPORuntime", "build", "check_reward", "grpo"]
 
@@ -142,32 +142,18 @@ def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
     )
 
 
-def _check(config: GRPOConfig) -> None:
-    build(config).check()
+def _ask(config: GRPOConfig) -> None:
     check_reward(config.reward, load_rows(config.prompts))
 
 
-async def run(
-    config: GRPOConfig, /, *, progress: Progress | None = None, takeover: bool = False
-) -> RecipeResult:
-    result = await build(config).alearn(progress=progress, takeover=takeover)
-    return RecipeResult(
-        recipe="grpo",
-        run=result,
-        sampler=describe_sampler(policy_class(config.sampler)),
-        seconds=result.seconds,
-        next_steps=(
-            f"rlhf-flows show {result.run}{store_words(config)}",
-            f"rlhf-flows export {result.run}{store_words(config)} --to model",
-            "prefect server start   # then the flow run's page, at the address it prints",
-        ),
+def _next(config: Any, result: RunResult) -> Sequence[str]:
+    return (
+        f"rlhf-flows export {result.run}{store_words(config)} --to model",
+        "prefect server start   # then the flow run's page, at the address it prints",
     )
 
 
-@flow(name="grpo", persist_result=False)
-async def grpo(config: GRPOConfig) -> None:
-    """Reinforcement by GRPO on prompts with a reward function."""
-    await run(config)
-
-
-RECIPE = Recipe(name="grpo", config=GRPOConfig, check=_check, run=run)
+RECIPE = EngineRecipe(
+    name="grpo", description=OWN["grpo"], config=GRPOConfig, build=build, ask=_ask, next_steps=_next
+)
+grpo = RECIPE.flow()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from prefect import flow
@@ -21,7 +22,7 @@ from rlhf_flows.deployments import grpo as grpo_recipe
 from rlhf_flows.deployments import sft as sft_recipe
 from rlhf_flows.deployments import sort_digits
 from rlhf_flows.deployments.grpo import GRPOConfig, GRPORuntime
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
+from rlhf_flows.deployments.recipe import OWN, Recipe, RecipeResult, store_words
 from rlhf_flows.deployments.sft import SFTConfig, SFTRuntime
 from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
@@ -119,27 +120,35 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
     )
 
 
-def _check(config: QuickstartConfig) -> None:
-    if config.run_name is not None:
-        check_run_name(config.run_name)
-    open_probed_store(config)
-    _reinforcement(config, Path("unused"), "check")
+@dataclass(frozen=True, kw_only=True)
+class _Quickstart(Recipe):
+    """Two runs: the warm-up, then GRPO."""
 
+    def check(self, config: QuickstartConfig) -> None:
+        if config.run_name is not None:
+            check_run_name(config.run_name)
+        open_probed_store(config)
+        _reinforcement(config, Path("unused"), "check")
 
-async def run(
-    config: QuickstartConfig, /, *, progress: Progress | None = None, takeover: bool = False
-) -> RecipeResult:
-    """Warm-up, then GRPO; in one flow run."""
-    name = _run_name(config) or new_run_name("quickstart")
+    async def run(
+        self,
+        config: QuickstartConfig,
+        /,
+        *,
+        progress: Progress | None = None,
+        takeover: bool = False,
+    ) -> RecipeResult:
+        """Both in one flow run."""
+        name = _run_name(config) or new_run_name("quickstart")
 
-    @flow(name="quickstart", flow_run_name=name, persist_result=False)
-    async def train() -> RecipeResult:
-        """A small model learns to sort digits."""
-        return await _train(config, name, progress=progress, takeover=takeover)
+        @flow(name="quickstart", flow_run_name=name, persist_result=False)
+        async def train() -> RecipeResult:
+            """A small model learns to sort digits."""
+            return await _train(config, name, progress=progress, takeover=takeover)
 
-    with without_abort():
-        result: RecipeResult = await train()
-    return result
+        with without_abort():
+            result: RecipeResult = await train()
+        return result
 
 
 def _run_name(config: QuickstartConfig) -> str | None:
@@ -207,4 +216,4 @@ async def quickstart(config: QuickstartConfig = _DEFAULTS) -> None:
     await _train(config, name, progress=None, takeover=False)
 
 
-RECIPE = Recipe(name="quickstart", config=QuickstartConfig, check=_check, run=run)
+RECIPE = _Quickstart(name="quickstart", description=OWN["quickstart"], config=QuickstartConfig)

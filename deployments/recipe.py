@@ -1,57 +1,171 @@
 """What a recipe is: a configuration, and a function from it to an engine.
 
 The command line, a deployment and a user's program all go through the same three steps: load the
-configuration, check it, run. A recipe adds nothing that a program of one's own could not do.
+configuration, check it, run. A recipe adds nothing that a program of one's own could not do, and
+one's own is started like ours once it is registered.
 """
 
 from __future__ import annotations
 
+import asyncio
 import shlex
-from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
-from importlib import import_module
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
+
+import prefect
 
 from rlhf_flows.config import EngineConfig, StoreConfig
+from rlhf_flows.engine import Engine
 from rlhf_flows.errors import ConfigError
+from rlhf_flows.flow import RunResult
+from rlhf_flows.models.samplers import describe_sampler, policy_class
+from rlhf_flows.registry import Registry, load_module
 from rlhf_flows.reporting.summary import RecipeResult
 from rlhf_flows.tasks.progress import Progress
 
-__all__ = ["RECIPES", "Recipe", "RecipeResult", "find_recipe", "store_words"]
+__all__ = [
+    "OWN",
+    "EngineRecipe",
+    "Recipe",
+    "RecipeResult",
+    "find_recipe",
+    "known_recipes",
+    "register_recipe",
+    "store_words",
+]
 
-
-class Run(Protocol):
-    def __call__(
-        self, config: Any, /, *, progress: Progress | None, takeover: bool
-    ) -> Awaitable[RecipeResult]: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
-    """A named way to train."""
-
-    name: str
-    config: type[EngineConfig]
-    check: Callable[[Any], None]
-    """Raises UserError for what can be known to be wrong before anything starts."""
-    run: Run
-
-
-RECIPES: Mapping[str, str] = {
+OWN: Mapping[str, str] = {
     "quickstart": "teach a small model to sort digits: warm-up, then GRPO; needs no input",
-    "sft": "supervised fine-tuning on a file of prompts and completions",
-    "grpo": "reinforcement (GRPO) on a file of prompts with a reward function",
+    "sft": "supervised fine-tuning on a file of prompts and answers",
+    "reward_model": "a reward model, learnt from a file of preferences",
+    "ppo": "reinforcement by PPO, with a reward model or any other reward",
+    "grpo": "reinforcement by GRPO, with a reward function or any other reward",
+    "dpo": "preferences without a reward model (DPO, IPO)",
+    "online_dpo": "DPO on pairs that the policy samples and a reward ranks",
+    "generate": "completions of a file of prompts, scored where a reward is given",
 }
 """Names and what they do; each is the module of this package of that name."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Recipe(ABC):
+    """A named way to train: `rlhf-flows train NAME key=value …`."""
+
+    name: str
+    description: str
+    config: type[EngineConfig]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """Settings under those of the user, in the nested form of a YAML file."""
+
+    @abstractmethod
+    def check(self, config: Any) -> None:
+        """Raises UserError for what can be known to be wrong before anything starts."""
+
+    @abstractmethod
+    async def run(
+        self, config: Any, /, *, progress: Progress | None = None, takeover: bool = False
+    ) -> RecipeResult:
+        """All of it, or what is missing of it."""
+
+    def derived(self, name: str, description: str = "", **defaults: Any) -> Self:
+        """The same under another name, with other defaults: `reward={"interface": "mine"}`."""
+        return replace(
+            self,
+            name=name,
+            description=description or f"{self.name} with other defaults",
+            defaults={**self.defaults, **defaults},
+        )
+
+    def flow(self) -> Any:
+        """The Prefect flow that a deployment runs; its form has the fields of the configuration.
+
+        It stands in the module of the recipe, under a name that the deployment's entrypoint names.
+        """
+
+        async def train(config: Any) -> None:
+            await self.run(config)
+
+        train.__doc__ = f"{self.description[0].upper()}{self.description[1:]}."
+        # What Prefect makes the form from.
+        train.__annotations__ = {"config": self.config, "return": None}
+        return prefect.flow(name=self.name, persist_result=False)(train)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineRecipe(Recipe):
+    """A recipe of one run: a function from its configuration to an engine."""
+
+    build: Callable[[Any], Engine]
+    """Raises UserError."""
+    ask: Callable[[Any], None] | None = None
+    """Further checks before anything starts, such as asking a reward once. Raises UserError."""
+    objective: str = "reward"
+    """The metric that says how good the model is."""
+    finish: Callable[[Any, RunResult], None] | None = None
+    """What is left to do when the run has ended, such as writing a file of its results."""
+    next_steps: Callable[[Any, RunResult], Sequence[str]] = lambda config, result: ()
+    """Commands to try after it, beside looking at the run."""
+
+    def check(self, config: Any) -> None:
+        self.build(config).check()
+        if self.ask is not None:
+            self.ask(config)
+
+    async def run(
+        self, config: Any, /, *, progress: Progress | None = None, takeover: bool = False
+    ) -> RecipeResult:
+        result = await self.build(config).alearn(progress=progress, takeover=takeover)
+        if self.finish is not None:
+            await asyncio.to_thread(self.finish, config, result)
+        sampler = getattr(config, "sampler", None)
+        show = f"rlhf-flows show {result.run}{store_words(config)}"
+        return RecipeResult(
+            recipe=self.name,
+            run=result,
+            sampler="" if sampler is None else describe_sampler(policy_class(sampler)),
+            objective=self.objective,
+            seconds=result.seconds,
+            next_steps=(show, *self.next_steps(config, result)),
+        )
+
+
+_RECIPES: Registry[Recipe] = Registry(
+    "recipe", {name: f"rlhf_flows.deployments.{name}:RECIPE" for name in OWN}
+)
+
+
+def register_recipe(recipe: Recipe) -> Recipe:
+    """Makes it known to `find_recipe`, in this process, by its name."""
+    return _RECIPES.register(recipe.name, recipe)
+
+
 def find_recipe(name: str) -> Recipe:
-    """The recipe of that name. Raises ConfigError that lists them."""
-    if name not in RECIPES:
-        raise ConfigError(f"unknown recipe {name!r}: there are {', '.join(RECIPES)}")
-    recipe = import_module(f"rlhf_flows.deployments.{name}").RECIPE
-    assert isinstance(recipe, Recipe)
+    """By its name, or by `package.module:name`: a recipe there, or one that is registered when the
+    module is imported.
+
+    Raises ConfigError with the nearest name.
+    """
+    module, colon, last = name.partition(":")
+    if module and colon:
+        load_module(module, asked_by=f"recipe {name!r}")
+        name = last if last in _RECIPES.names() else name
+    recipe = _RECIPES.find(name)
+    if not isinstance(recipe, Recipe):
+        raise ConfigError(
+            f"recipe {name!r} is a {type(recipe).__name__}, expected a Recipe: such as"
+            ' find_recipe("ppo").derived("my-ppo", …)'
+        )
     return recipe
+
+
+def known_recipes(module: str | None = None) -> dict[str, str]:
+    """Names and descriptions: ours, and what `module` registers when it is imported."""
+    if module is not None:
+        load_module(module, asked_by="the module of recipes")
+    registered = [name for name in _RECIPES.names() if name not in OWN]
+    return {**OWN, **{name: _RECIPES.find(name).description for name in registered}}
 
 
 def store_words(config: EngineConfig, option: str = "--store ") -> str:

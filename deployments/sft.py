@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from prefect import flow
 from pydantic import Field
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
-from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
+from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import SFTEngine
+from rlhf_flows.flow import RunResult
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
-from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "SFTConfig", "build", "sft"]
 
@@ -66,31 +66,21 @@ def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:
     return engine.set_dataset(config.dataset if dataset is None else dataset)
 
 
-async def run(
-    config: SFTConfig, /, *, progress: Progress | None = None, takeover: bool = False
-) -> RecipeResult:
-    result = await build(config).alearn(progress=progress, takeover=takeover)
-    return RecipeResult(
-        recipe="sft",
-        run=result,
-        objective="loss",
-        seconds=result.seconds,
-        next_steps=(
-            f"rlhf-flows show {result.run}{store_words(config)}",
-            f"rlhf-flows export {result.run}{store_words(config)} --to model",
-            "rlhf-flows train grpo model=model prompts=FILE reward=package.module:function",
-        ),
+def _next(config: Any, result: RunResult) -> Sequence[str]:
+    in_store = store_words(config, "store.url=")
+    return (
+        f"rlhf-flows export {result.run}{store_words(config)} --to model",
+        f"rlhf-flows train grpo model=run:{result.run} prompts=FILE"
+        f" reward=package.module:function{in_store}",
     )
 
 
-@flow(name="sft", persist_result=False)
-async def sft(config: SFTConfig) -> None:
-    """Supervised fine-tuning on demonstrations."""
-    await run(config)
-
-
-def _check(config: SFTConfig) -> None:
-    build(config).check()
-
-
-RECIPE = Recipe(name="sft", config=SFTConfig, check=_check, run=run)
+RECIPE = EngineRecipe(
+    name="sft",
+    description=OWN["sft"],
+    config=SFTConfig,
+    build=build,
+    objective="loss",
+    next_steps=_next,
+)
+sft = RECIPE.flow()

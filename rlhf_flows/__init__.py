@@ -10,7 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rlhf_flows.calls import Call, GraphEngine
     from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
+    from rlhf_flows.deployments import EngineRecipe, find_recipe, register_recipe
     from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
     from rlhf_flows.engines import (
         DPOEngine,
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     )
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
+    from rlhf_flows.models.interfaces import register_interface
     from rlhf_flows.modules import (
         BaseModule,
         DeepSpeedModule,
@@ -30,21 +33,26 @@ if TYPE_CHECKING:
         TorchModule,
         VLLMModule,
     )
+    from rlhf_flows.modules.interface import ModelInterface
 
 __version__ = "0.1.0"
 
 __all__ = [
     "BaseModule",
+    "Call",
     "ControlDependencies",
     "DPOEngine",
     "DeepSpeedModule",
     "Engine",
+    "EngineRecipe",
     "Environment",
     "EpisodeRelayBuffer",
     "EvalEngine",
     "Evaluator",
     "GRPOEngine",
+    "GraphEngine",
     "MegatronModule",
+    "ModelInterface",
     "OnlineDPOEngine",
     "RLHFEngine",
     "RelaySampleManager",
@@ -55,21 +63,28 @@ __all__ = [
     "Trainer",
     "VLLMModule",
     "__version__",
+    "find_recipe",
     "init",
+    "register_interface",
+    "register_recipe",
 ]
 
 _HOMES = {
     "BaseModule": "rlhf_flows.modules",
+    "Call": "rlhf_flows.calls",
     "ControlDependencies": "rlhf_flows.graph",
     "DPOEngine": "rlhf_flows.engines",
     "DeepSpeedModule": "rlhf_flows.modules",
     "Engine": "rlhf_flows.engine",
+    "EngineRecipe": "rlhf_flows.deployments",
     "Environment": "rlhf_flows.engine",
     "EpisodeRelayBuffer": "rlhf_flows.data",
     "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
     "GRPOEngine": "rlhf_flows.engines",
+    "GraphEngine": "rlhf_flows.calls",
     "MegatronModule": "rlhf_flows.modules",
+    "ModelInterface": "rlhf_flows.modules.interface",
     "OnlineDPOEngine": "rlhf_flows.engines",
     "RLHFEngine": "rlhf_flows.engines",
     "RelaySampleManager": "rlhf_flows.data",
@@ -79,7 +94,10 @@ _HOMES = {
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
+    "find_recipe": "rlhf_flows.deployments",
     "init": "rlhf_flows.initialization",
+    "register_interface": "rlhf_flows.models.interfaces",
+    "register_recipe": "rlhf_flows.deployments",
 }
 
 

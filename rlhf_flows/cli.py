@@ -53,7 +53,9 @@ def main() -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="quickstart, sft or grpo.")],
+    recipe: Annotated[
+        str, typer.Argument(help="A name of `rlhf-flows recipes`, or package.module:name.")
+    ],
     settings: Annotated[
         list[str] | None, typer.Argument(help="Settings, as key=value.", show_default=False)
     ] = None,
@@ -74,7 +76,7 @@ def train(
     from rlhf_flows.deployments import find_recipe
 
     chosen = find_recipe(recipe)
-    loaded = load_config(chosen.config, settings or (), file=config)
+    loaded = load_config(chosen.config, settings or (), file=config, defaults=chosen.defaults)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
     if json_file is not None and json_file.is_dir():
@@ -117,6 +119,19 @@ async def _train(recipe: Any, config: Any, server: Any, progress: Any, takeover:
         await asyncio.to_thread(server.wait)
     await ray
     return await recipe.run(config, progress=progress, takeover=takeover)
+
+
+@app.command()
+def recipes(
+    module: Annotated[
+        str | None, typer.Argument(help="One of yours that registers some.", show_default=False)
+    ] = None,
+) -> None:
+    """Lists what can be trained by name."""
+    from rlhf_flows.deployments import known_recipes
+
+    for name, description in known_recipes(module).items():
+        Console().print(f"{name:14} {description}", soft_wrap=True, markup=False, highlight=False)
 
 
 @app.command()

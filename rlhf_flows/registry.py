@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_flows.errors import ConfigError, UserError
 
-__all__ = ["Registry", "import_object"]
+__all__ = ["Registry", "import_object", "load_module"]
 
 T = TypeVar("T")
 
@@ -80,23 +80,7 @@ def import_object(
     module_name, colon, path = name.partition(":")
     if not (colon and module_name and path):
         raise error(f"{what} {name!r} cannot be imported: write it as package.module:{kind}")
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as e:
-        if e.name is None or not f"{module_name}.".startswith(f"{e.name}."):
-            raise error(
-                f"{what} {name!r} cannot be imported: {module_name} itself imports {e.name!r},"
-                " which is not installed here"
-            ) from e
-        raise error(
-            f"{what} {name!r} cannot be imported: there is no module {e.name!r}"
-            f"{nearest(e.name.rpartition('.')[2], _modules_beside(e.name))}. Its folder must be"
-            " on PYTHONPATH, or its package installed"
-        ) from e
-    except Exception as e:  # a user's module may raise anything
-        raise error(
-            f"{what} {name!r} cannot be imported: {module_name} raises {type(e).__name__}: {e}"
-        ) from e
+    found = load_module(module_name, asked_by=f"{what} {name!r}", error=error)
     for attribute in path.split("."):
         if not hasattr(found, attribute):
             public = [n for n in dir(found) if not n.startswith("_")]
@@ -106,6 +90,27 @@ def import_object(
             )
         found = getattr(found, attribute)
     return found
+
+
+def load_module(name: str, *, asked_by: str, error: type[UserError] = ConfigError) -> Any:
+    """The module of that name. Raises `error`, which begins with `asked_by`, where it cannot be
+    imported.
+    """
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as e:
+        if e.name is None or not f"{name}.".startswith(f"{e.name}."):
+            raise error(
+                f"{asked_by} cannot be imported: {name} itself imports {e.name!r},"
+                " which is not installed here"
+            ) from e
+        raise error(
+            f"{asked_by} cannot be imported: there is no module {e.name!r}"
+            f"{nearest(e.name.rpartition('.')[2], _modules_beside(e.name))}. Its folder must be"
+            " on PYTHONPATH, or its package installed"
+        ) from e
+    except Exception as e:  # a user's module may raise anything
+        raise error(f"{asked_by} cannot be imported: {name} raises {type(e).__name__}: {e}") from e
 
 
 def nearest(name: str, names: list[str]) -> str:

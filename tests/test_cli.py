@@ -170,7 +170,8 @@ def test_an_unknown_recipe_lists_those_there_are(
     with pytest.raises(SystemExit) as caught:
         cli.main()
     assert caught.value.code == 2
-    assert "quickstart, sft, grpo" in capsys.readouterr().err
+    said = capsys.readouterr().err.replace("\n", "")
+    assert "unknown recipe 'ppx' (nearest: 'ppo'): known are quickstart, sft, reward_model" in said
 
 
 @pytest.mark.parametrize("command", ["install", "remove", "ls"])

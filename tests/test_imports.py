@@ -41,6 +41,7 @@ FLOORS = {
     "blocks": 6,
     "tasks": 7,
     "attempt": 8,
+    "calls": 8,
     "engine": 8,
     "engines": 8,
     "exports": 8,

@@ -9,19 +9,20 @@ folder says. Built twice, the files are equal byte for byte: weights come from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
-from tokenizers import pre_tokenizers
+from tokenizers import ByteLevelBPETokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2Tokenizer
 
 from rlhf_flows.errors import ConfigError
 
-__all__ = ["build_tiny_qwen2", "character_tokenizer"]
+__all__ = ["build_tiny_qwen2", "character_tokenizer", "word_tokenizer"]
 
 _UNTYPED: Any = transformers
 """Its models and its logging have no annotations."""
@@ -49,9 +50,30 @@ def character_tokenizer(
                 f"characters of a tokenizer must be ASCII and all different, found {odd}: leave"
                 " `characters` out for a tokenizer of every text"
             )
+    return _qwen2_tokenizer((*SPECIAL_TOKENS, *alphabet), [], chat_template)
+
+
+def word_tokenizer(
+    texts: Iterable[str], *, most_tokens: int = 1024, chat_template: str | None = None
+) -> PreTrainedTokenizerFast:
+    """Byte-level pairs merged where `texts` has them: of a small language, one token per word.
+
+    Any other text has tokens as well, more of them. The special tokens are those of
+    `character_tokenizer`.
+    """
+    bpe = ByteLevelBPETokenizer(add_prefix_space=False)
+    bpe.train_from_iterator(texts, most_tokens, 2, False, list(SPECIAL_TOKENS))
+    made = json.loads(bpe._tokenizer.to_str())["model"]
+    tokens = sorted(made["vocab"], key=made["vocab"].__getitem__)
+    return _qwen2_tokenizer(tokens, [tuple(pair) for pair in made["merges"]], chat_template)
+
+
+def _qwen2_tokenizer(
+    tokens: Sequence[str], merges: Sequence[tuple[str, str]], chat_template: str | None
+) -> PreTrainedTokenizerFast:
     tokenizer = Qwen2Tokenizer(
-        vocab={token: i for i, token in enumerate((*SPECIAL_TOKENS, *alphabet))},
-        merges=[],
+        vocab={token: i for i, token in enumerate(tokens)},
+        merges=cast("Any", list(merges)),  # its annotation asks for what it refuses
         pad_token="<pad>",
         eos_token="<eos>",
         unk_token="<unk>",
@@ -69,10 +91,14 @@ def build_tiny_qwen2(
     hidden_size: int = 128,
     num_layers: int = 4,
     characters: str | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
     max_position_embeddings: int = 512,
     chat_template: str | None = None,
 ) -> Path:
     """Writes a Hugging Face folder (model, tokenizer, configuration) and returns its path.
+
+    With a `tokenizer` of one's own, such as `word_tokenizer` makes, `characters` and
+    `chat_template` are not asked.
 
     Raises:
         ConfigError: `hidden_size` is no multiple of 32, the width of a head.
@@ -84,7 +110,8 @@ def build_tiny_qwen2(
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = character_tokenizer(characters, chat_template=chat_template)
+    if tokenizer is None:
+        tokenizer = character_tokenizer(characters, chat_template=chat_template)
     num_heads = hidden_size // HEAD_DIM
     config = Qwen2Config(
         vocab_size=len(tokenizer),

@@ -226,6 +226,29 @@ class BaseModule:
         """What evaluation calls; `forward_step` where not overridden."""
         return self.forward_step(data)
 
+    def step_by_keys(
+        self,
+        data: Batch,
+        *,
+        step: str,
+        inputs: tuple[str, ...],
+        outputs: tuple[str, ...],
+        known_as: Mapping[str, str],
+        gives: Mapping[str, str],
+    ) -> Batch:
+        """`step` on some columns alone: what a graph of calls asks for (`rlhf_flows.calls`)."""
+        from rlhf_flows.modules.interface import call_by_keys  # torch
+
+        return call_by_keys(
+            self,
+            data,
+            step=step,
+            inputs=inputs,
+            outputs=outputs,
+            known_as=known_as,
+            gives=gives,
+        )
+
     def prepare_batch(self, data: Batch) -> Batch:
         """Called once per global batch, with whole groups, before it is cut into micro-batches.
 

@@ -48,7 +48,7 @@ _STORED_EPISODES = 200
 """Of a resumed run, that are read for the table."""
 _LAST_UPDATE_S = 10.0
 
-_LOGGED = ("reward", "loss", "kl", "grad_norm", "logprob_gap")
+_LOGGED = ("reward", "accuracy", "loss", "kl", "grad_norm", "logprob_gap")
 """Of an episode, in its line among the logs."""
 
 

@@ -8,12 +8,20 @@ __all__ = ["headline"]
 
 _BOOKKEEPING = frozenset({"rows", "rows_trained", "rows_filtered", "tokens", "gap_tokens"})
 
+_OF_SAMPLES = frozenset({"reward", "exact", "response_length"})
+
 
 def headline(names: Iterable[str], wanted: Sequence[str], *, most: int = 6) -> list[str]:
     """The wanted names that are there, those of several modules (`ppo_policy/loss`) among them;
     then losses of any name; where there is none of either, whatever was measured of the samples.
     """
     there = list(dict.fromkeys(names))
+    seen: set[str] = set()
+    for name in list(there):
+        # Trainers of the same samples measure the same of them.
+        if (last := _last(name)) in _OF_SAMPLES and last in seen:
+            there.remove(name)
+        seen.add(last)
     order = {name: i for i, name in enumerate(wanted)}
     chosen = sorted((n for n in there if _last(n) in order), key=lambda n: order[_last(n)])
     chosen += [n for n in there if n not in chosen and _last(n).endswith("loss")]

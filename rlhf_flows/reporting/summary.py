@@ -65,7 +65,9 @@ def print_summary(console: Console, result: RecipeResult, summary: Mapping[str, 
     objective = result.objective
     before, after = summary["metrics"]["before"], summary["metrics"]["after"]
     console.print()
-    if objective in before and objective in after:
+    if objective in after and len(summary["evaluations"]) == 1:
+        console.print(f"[bold]{objective}: {after[objective]:.2f}[/]   (version {_only(summary)})")
+    elif objective in before and objective in after:
         console.print(
             f"[bold]{objective} on held-out prompts: {before[objective]:.2f} → "
             f"{after[objective]:.2f}[/]   (version 0 → {summary['version']})"
@@ -86,6 +88,10 @@ def print_summary(console: Console, result: RecipeResult, summary: Mapping[str, 
         console.print("\nnext:")
         for command in result.next_steps:
             console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _only(summary: Mapping[str, Any]) -> str:
+    return str(next(iter(summary["evaluations"])))
 
 
 def _curve(result: RecipeResult) -> list[float]:

@@ -21,7 +21,10 @@ from rlhf_flows.reporting.headline import headline
 __all__ = ["TerminalProgress"]
 
 PHASES = ("rollout", "scoring", "training", "param_sync", "evaluation")
-_SHOWN = ("reward", "exact", "loss", "kl", "entropy", "response_length", "logprob_gap")
+_SHOWN = (
+    "reward", "exact", "accuracy", "margin", "loss", "kl", "entropy", "response_length",
+    "logprob_gap",
+)  # fmt: skip
 """Metrics of an episode worth a column, in this order."""
 _ROWS = 8
 

@@ -46,3 +46,5 @@ def test_a_headline_shows_what_is_wanted_of_every_module_then_losses_then_whatev
     two = ["a/value_loss", "a/rows", "b/kl", "a/loss"]
     assert headline(two, wanted) == ["a/loss", "b/kl", "a/value_loss"]
     assert headline(["ups", "rows", "seconds", "forward_seconds"], wanted) == ["ups"]
+    same = ["policy/reward", "value/reward", "policy/kl", "value/kl"]
+    assert headline(same, ["reward", "kl"]) == ["policy/reward", "policy/kl", "value/kl"]

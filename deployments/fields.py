@@ -1,0 +1,98 @@
+"""What the configurations of several recipes have in common, field by field."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field
+
+from rlhf_flows.config import EngineConfig
+from rlhf_flows.dataset_settings import DatasetSettings
+from rlhf_flows.deployments.model_folders import MODEL, model_folder
+from rlhf_flows.generation import GenerationSettings
+from rlhf_flows.models.samplers import Sampler, policy_class
+from rlhf_flows.reward_settings import RewardSettings
+from rlhf_flows.settings import OptimizerSettings
+
+__all__ = ["ModelFields", "SamplingFields", "TrainingFields"]
+
+
+class ModelFields(EngineConfig):
+    """A model, in a precision."""
+
+    model: str = Field(description=MODEL)
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of all weights.")
+    chat_template: bool | None = Field(
+        default=None,
+        description="Render prompts by the chat template; by default chat messages only.",
+    )
+
+    @property
+    def folder(self) -> Path:
+        """Where the model lies. Raises ConfigError."""
+        return model_folder(self.model, self.store)
+
+
+class TrainingFields(ModelFields):
+    """What every trainer of a causal model takes."""
+
+    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
+    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one training pass.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations: less memory, a third more time."
+    )
+
+    @property
+    def trainer_arguments(self) -> dict[str, Any]:
+        """Of a ready-made trainer of the model, beside its name and the algorithm's settings."""
+        return {
+            "path": self.folder,
+            "optimizer": self.optimizer,
+            "micro_batch_tokens": self.micro_batch_tokens,
+            "dtype": self.dtype,
+            "gradient_checkpointing": self.gradient_checkpointing,
+        }
+
+
+class SamplingFields(ModelFields):
+    """What a recipe takes that samples completions of prompts."""
+
+    prompts: DatasetSettings = Field(
+        description="Rows with `prompt` (text or chat messages); other columns go to the reward."
+    )
+    generation: GenerationSettings = Field(
+        default_factory=GenerationSettings, description="How the policy samples."
+    )
+    sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=2,
+        description="Most tokens of prompt and completion; the model's limit if none.",
+    )
+
+    def policy(self, *, eval_generation: GenerationSettings | None = None) -> Any:
+        """The module that samples, by the name of "policy"."""
+        return policy_class(self.sampler)(
+            "policy",
+            path=self.folder,
+            generation=self.generation,
+            eval_generation=eval_generation,
+            dtype=self.dtype,
+            max_model_len=self.max_model_len,
+            chat_template=self.chat_template,
+        )
+
+
+class ReinforcementFields(SamplingFields, TrainingFields):
+    """What a recipe takes that samples, scores and trains."""
+
+    eval_prompts: DatasetSettings | None = Field(
+        default=None, description="Held-out prompts, in the same form."
+    )
+    reward: RewardSettings = Field(
+        description="A function, package.module:function; or the fields of another source."
+    )
+    eval_generation: GenerationSettings | None = Field(
+        default=None, description="How the policy samples in evaluations; the same by default."
+    )

@@ -1,0 +1,74 @@
+"""A reward model, learnt from preferences (InstructGPT, arXiv 2203.02155, eq. 1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field
+
+from rlhf_flows.dataset_settings import DatasetSettings
+from rlhf_flows.deployments.dpo import PairsRuntime
+from rlhf_flows.deployments.fields import TrainingFields
+from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
+from rlhf_flows.engines import RewardModelEngine
+from rlhf_flows.flow import RunResult
+from rlhf_flows.models.reward_model import RewardModel
+from rlhf_flows.models.reward_trainer import RewardTrainer
+from rlhf_flows.settings import RewardModelSettings
+
+__all__ = ["RECIPE", "RewardModelConfig", "build", "reward_model"]
+
+
+class RewardModelConfig(TrainingFields):
+    """What `rlhf-flows train reward_model` can be asked for."""
+
+    dataset: DatasetSettings = Field(
+        description="Preferences: rows {prompt, chosen, rejected}, or"
+        " {prompt, pos_answers, neg_answers}."
+    )
+    eval_dataset: DatasetSettings | None = Field(
+        default=None, description="Held-out preferences, in the same form."
+    )
+    runtime: PairsRuntime = Field(default_factory=PairsRuntime)
+    reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
+
+
+def build(config: RewardModelConfig) -> RewardModelEngine:
+    """The engine that the configuration describes."""
+    trainer = RewardTrainer(
+        "trainer",
+        settings=config.reward_model,
+        chat_template=config.chat_template,
+        **config.trainer_arguments,
+    )
+    follower = RewardModel(
+        "reward",
+        path=config.folder,
+        settings=config.reward_model,
+        dtype=config.dtype,
+        chat_template=config.chat_template,
+    )
+    engine = RewardModelEngine(trainer, follower, name="reward_model").configure(config)
+    engine.set_dataset(config.dataset.path)
+    if config.eval_dataset is not None:
+        engine.set_eval_dataset(config.eval_dataset.path)
+    return engine
+
+
+def _next(config: Any, result: RunResult) -> Sequence[str]:
+    return (
+        f"rlhf-flows train ppo model={config.model} reward.model=run:{result.run} prompts=FILE"
+        f"{store_words(config, 'store.url=')}",
+    )
+
+
+RECIPE = EngineRecipe(
+    name="reward_model",
+    description=OWN["reward_model"],
+    config=RewardModelConfig,
+    build=build,
+    objective="accuracy",
+    next_steps=_next,
+)
+reward_model = RECIPE.flow()
