@@ -122,9 +122,15 @@ def _review(rng: random.Random, kindness: float, slips: float) -> str:
 
 
 def _pairs(rng: random.Random, number: int) -> Iterator[tuple[str, str]]:
+    """Any review is better than none; of two reviews, the kinder one."""
     while number:
         one, other = (_review(rng, rng.choice((0.2, 0.5, 0.8)), 1 / 4) for _ in range(2))
-        better, worse = sorted((one, other), key=lambda text: read(text)[0], reverse=True)
-        if read(better)[0] > read(worse)[0]:
+        better, worse = sorted((one, other), key=_rank, reverse=True)
+        if _rank(better) > _rank(worse):
             yield better, worse
             number -= 1
+
+
+def _rank(text: str) -> tuple[bool, float]:
+    opinion, is_review = read(text)
+    return is_review, opinion
