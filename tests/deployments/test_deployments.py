@@ -66,7 +66,10 @@ def test_every_deployment_loads_its_flow_and_belongs_to_the_work_pool() -> None:
         f"{load_flow_from_entrypoint(d['entrypoint'], use_placeholder_flow=False).name}/{d['name']}"
         for d in deployments
     ]
-    assert names == ["grpo/quickstart", "grpo/train", "sft/train"]
+    assert names == [
+        "grpo/quickstart", "grpo/train", "sft/train", "reward_model/train", "ppo/train",
+        "dpo/train", "online_dpo/train", "generate/run",
+    ]  # fmt: skip
     assert {d["work_pool"]["name"] for d in deployments} == {POOL}
 
 
