@@ -36,7 +36,7 @@ def table(name: str) -> str:
         rows = list(_rows("runtime.", RuntimeConfig, frozenset()))
     else:
         rows = list(_rows("", find_recipe(name).config, EngineConfig.model_fields.keys()))
-        usual = {field: row for field, row in _rows("runtime.", RuntimeConfig, frozenset())}
+        usual = dict(_rows("runtime.", RuntimeConfig, frozenset()))
         runtime = find_recipe(name).config.model_fields["runtime"].annotation
         assert isinstance(runtime, type)
         assert issubclass(runtime, RuntimeConfig)
@@ -50,12 +50,10 @@ def _rows(start: str, model: type[BaseModel], known: Any) -> Iterator[tuple[str,
         if name in known:
             continue
         inner = _inner(field)
-        default = "" if field.is_required() else _shown(field)
+        default = "" if field.is_required() or inner is not None else _shown(field)
         said = (field.description or "").replace("|", "\\|").replace("\n", " ")
-        if inner is None or (name in ("optimizer", "value_optimizer") and start):
+        if inner is None or said:
             yield f"{start}{name}", f"{default} | {said}"
-        elif said or field.is_required():
-            yield f"{start}{name}", f"{default if inner is None else ''} | {said}"
         if inner is not None and name not in _TOLD_ONCE:
             yield from _rows(f"{start}{name}.", inner, frozenset())
 
