@@ -1,5 +1,6 @@
-"""The pages of the recipes name every field as it is. `python -m tests.deployments.test_recipe_pages`
-writes their tables.
+"""The pages of the recipes name every field as it is.
+
+`python -m tests.deployments.test_recipe_pages` writes their tables.
 """
 
 from __future__ import annotations
