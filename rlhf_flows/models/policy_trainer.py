@@ -25,7 +25,8 @@ from rlhf_flows.algorithms.truncation import apply_truncation
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.causal_lm_module import CausalLMModule, column, flat, ragged
+from rlhf_flows.models.causal_lm_module import column, flat, ragged
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 
@@ -38,7 +39,7 @@ _SUMS = (
 """What micro-batches add up, the loss first; those from "kl" to "logprob_gap" are over tokens."""
 
 
-class PolicyTrainer(CausalLMModule):
+class PolicyTrainer(CausalLMTrainer):
     """GRPO on batches with prompt_ids, response_ids, reward and group.
 
     With `kl_coef` also reference_logprobs; with an importance correction, or old logprobs from the
@@ -57,21 +58,17 @@ class PolicyTrainer(CausalLMModule):
         gradient_checkpointing: bool = False,
         layout: Layout = "auto",
     ) -> None:
-        """As `CausalLMModule`, with the settings of AdamW and of the algorithm."""
+        """As `CausalLMTrainer`, with the settings of the algorithm."""
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.grpo = grpo or GRPOSettings()
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     # ---- before the passes ----------------------------------------------------------------
 
@@ -176,8 +173,6 @@ class PolicyTrainer(CausalLMModule):
 
         Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
         """
-        self.model.train()
-        self.model.zero_grad()
         device = self.context.device
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         max_gap = torch.zeros((), device=device)
@@ -190,7 +185,7 @@ class PolicyTrainer(CausalLMModule):
             max_gap = torch.maximum(max_gap, gap)
         idle = [batch_size(batch) for batch, yes in zip(data, active, strict=True) if not yes]
         sums[_SUMS.index("rows_filtered")] += sum(idle)
-        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
+        sums, metrics = self.optimizer_step(sums)
         if self.world_size > 1:
             torch.distributed.all_reduce(max_gap, torch.distributed.ReduceOp.MAX)
         found = dict(zip(_SUMS, sums.tolist(), strict=True))

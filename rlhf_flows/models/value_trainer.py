@@ -18,6 +18,7 @@ from rlhf_flows.algorithms.value import value_loss
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.models.causal_lm import DType
 from rlhf_flows.models.causal_lm_module import flat, ragged
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.ppo_targets import ppo_targets
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.scalar_module import ScalarModule
@@ -29,10 +30,12 @@ _SUMS = (
     "loss", "clip_fraction", "value", "return_sum", "return_square", "error", "error_square",
     "tokens", "rows_trained", "rows_filtered",
 )  # fmt: skip
-"""What micro-batches add up, the loss first; those from "clip_fraction" on are over tokens."""
+"""What micro-batches add up, the loss first; those from "clip_fraction" on are over tokens. Rows
+that are filtered are in no micro-batch that is computed.
+"""
 
 
-class ValueTrainer(ScalarModule):
+class ValueTrainer(CausalLMTrainer, ScalarModule):
     """PPO's value function on batches with prompt_ids, response_ids, behaviour_logprobs, values
     and reward; with `kl_coef` also reference_logprobs.
     """
@@ -53,17 +56,13 @@ class ValueTrainer(ScalarModule):
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.ppo = ppo or PPOSettings()
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     def prepare_batch(self, data: Batch) -> Batch:
         """Adds `returns` and `token_weight` (ragged) of the whole global batch."""
@@ -88,18 +87,13 @@ class ValueTrainer(ScalarModule):
 
         Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
         """
-        self.model.train()
-        self.model.zero_grad()
-        sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=self.context.device)
-        active = [bool((flat(batch["token_weight"]) != 0).any()) for batch in data]
-        for part in self.backward_all(
-            [batch for batch, yes in zip(data, active, strict=True) if yes], self._loss
-        ):
-            sums += part
-        idle = [batch_size(batch) for batch, yes in zip(data, active, strict=True) if not yes]
-        sums[_SUMS.index("rows_filtered")] += sum(idle)
-        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
-        found = dict(zip(_SUMS, sums.tolist(), strict=True))
+        is_active = [bool((flat(batch["token_weight"]) != 0).any()) for batch in data]
+        active = [batch for batch, yes in zip(data, is_active, strict=True) if yes]
+        idle = [batch_size(batch) for batch, yes in zip(data, is_active, strict=True) if not yes]
+        sums, metrics = self.step_on(
+            active, self._loss, num_sums=len(_SUMS) - 1, beside=[sum(idle)]
+        )
+        found = dict(zip(_SUMS, sums, strict=True))
         tokens = max(found["tokens"], 1.0)
         means = {name: found.pop(name) / tokens for name in _SUMS[1:7]}
         spread = means["return_square"] - means["return_sum"] ** 2
@@ -128,6 +122,6 @@ class ValueTrainer(ScalarModule):
             (target**2).sum(), error.sum(), (error**2).sum(),
         ]  # fmt: skip
         counts = torch.tensor(
-            [len(now), batch_size(data), 0], dtype=torch.float64, device=values.device
+            [len(now), batch_size(data)], dtype=torch.float64, device=values.device
         )
         return loss, torch.cat([torch.stack([s.to(torch.float64) for s in sums]), counts])
