@@ -112,10 +112,14 @@ class CausalLMTrainer(CausalLMModule):
     def optimizer_step(self, sums: Tensor) -> tuple[Tensor, dict[str, float]]:
         """Collective: every rank, same order. One step by the gradients that are there.
 
-        `sums` [n] are summed over ranks and returned; the first is the loss. Raises
-        NonFiniteError before anything changes.
+        `sums` [n] are summed over ranks and returned; the first is the loss. There is no step, and
+        there are no metrics of it, where the trainer refuses it. Raises NonFiniteError before
+        anything changes.
         """
         sums = self.sum_gradients(sums)
+        if self.refuses(sums):
+            self.model.zero_grad()
+            return sums, {}
         norm = self.clip_gradients(float(sums[0]), self.optimizer_settings.max_grad_norm)
         rate: float = self.lr_scheduler.set_learning_rate()
         if self.master_weights is None:
@@ -126,6 +130,10 @@ class CausalLMTrainer(CausalLMModule):
         self.optimizer.zero_grad()
         self.model.zero_grad()
         return sums, {"grad_norm": norm, "learning_rate": rate}
+
+    def refuses(self, sums: Tensor) -> bool:  # [n] of all ranks
+        """Whether to leave weights, optimizer and schedule as they are; the same on all ranks."""
+        return False
 
     def step_on(
         self,

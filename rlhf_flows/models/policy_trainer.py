@@ -10,6 +10,7 @@ Letters: B samples, T response tokens of all samples, flat, in sample order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -171,7 +172,9 @@ class PolicyTrainer(CausalLMTrainer):
     def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float]:
         """Collective: every rank, same order. One optimizer step on one global batch.
 
-        Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
+        None is taken where the mean ratio of its tokens exceeds `early_stop_ratio`; its rows then
+        count as filtered. Raises NonFiniteError, weights untouched, where the loss or a gradient is
+        not finite.
         """
         device = self.context.device
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
@@ -196,7 +199,22 @@ class PolicyTrainer(CausalLMTrainer):
         found["logprob_gap_max"] = float(max_gap)
         if not any("reference_logprobs" in micro_batch for micro_batch in data):
             del found["kl"]
-        return {**found, **metrics}
+        if self.grpo.early_stop_ratio is None:
+            return {**found, **metrics}
+        is_stopped = self.refuses(sums)
+        if is_stopped:
+            found["rows_filtered"] += found["rows_trained"]
+            found["rows_trained"] = 0.0
+            # A ratio that was too large for a number made a loss that is none: nobody steps by it.
+            found = {name: x for name, x in found.items() if math.isfinite(x)}
+        return {**found, "early_stopped": float(is_stopped), **metrics}
+
+    def refuses(self, sums: Tensor) -> bool:
+        limit = self.grpo.early_stop_ratio
+        if limit is None:
+            return False
+        ratio, tokens = sums[_SUMS.index("ratio")], sums[_SUMS.index("tokens")]
+        return bool(ratio > limit * tokens)
 
     def _loss(self, data: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """This micro-batch's share of the loss; what it adds to `_SUMS`, and its largest gap."""

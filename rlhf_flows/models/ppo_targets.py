@@ -56,8 +56,10 @@ class PPOTargets:
     """[B] the return of a sample's first token: of the whole sample."""
 
 
-def ppo_targets(data: Batch, settings: PPOSettings, *, module: str) -> PPOTargets:
-    """Of a whole global batch.
+def ppo_targets(
+    data: Batch, settings: PPOSettings, *, module: str, kl_coef: float | None = None
+) -> PPOTargets:
+    """Of a whole global batch. `kl_coef` stands in for that of the settings, where it adapts.
 
     Raises DataError where a column is missing (with the module that makes it), does not have one
     value for each response token, or holds a number that is not finite.
@@ -76,7 +78,7 @@ def ppo_targets(data: Batch, settings: PPOSettings, *, module: str) -> PPOTarget
         behaviour,
         reference,
         counts,
-        kl_coef=settings.kl_coef,
+        kl_coef=settings.kl_coef if kl_coef is None else kl_coef,
         kl_estimator=settings.kl_estimator,
         score_clip=settings.score_clip,
     )
