@@ -133,7 +133,7 @@ class RLHFEngine(Engine):
             ppo_policy.train_step(batch)  # type: ignore[call-arg]
             ppo_value.train_step(batch)  # type: ignore[call-arg]
 
-        _check_settings(ppo_policy, ppo_value)
+        _check_settings(ppo_policy, ppo_value, value)
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(ppo_policy, policy)
@@ -217,17 +217,20 @@ class EvalEngine(Engine):
         return self.evaluate(**settings)
 
 
-def _check_settings(ppo_policy: BaseModule, ppo_value: BaseModule) -> None:
+def _check_settings(ppo_policy: BaseModule, *others: BaseModule) -> None:
     """The ready-made trainers compute the same returns, each for itself."""
-    ours, theirs = getattr(ppo_policy, "ppo", None), getattr(ppo_value, "ppo", None)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    odd = [n for n in type(ours).model_fields if getattr(ours, n) != getattr(theirs, n)]
-    raise ConfigError(
-        f"{ppo_policy.name!r} and {ppo_value.name!r} have different PPO settings"
-        f" ({', '.join(f'{n}={getattr(ours, n)} and {getattr(theirs, n)}' for n in odd)}): the"
-        " value must be that of the returns the policy learns from, so give both the same ppo"
-    )
+    ours = getattr(ppo_policy, "ppo", None)
+    for other in others:
+        theirs = getattr(other, "ppo", None)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        odd = [n for n in type(ours).model_fields if getattr(ours, n) != getattr(theirs, n)]
+        raise ConfigError(
+            f"{ppo_policy.name!r} and {other.name!r} have different PPO settings"
+            f" ({', '.join(f'{n}={getattr(ours, n)} and {getattr(theirs, n)}' for n in odd)}):"
+            " the value must be that of the returns the policy learns from, so give both the same"
+            " ppo"
+        )
 
 
 def _evaluator(*models: BaseModule) -> Evaluator:
