@@ -40,7 +40,15 @@ class GRPOEngine(Engine):
         reward: BaseModule,
         reference: BaseModule | None = None,
         name: str = "grpo",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """
+        Args:
+            reference_ema: The reference follows the moving average of the policy's weights, with
+                this share of the newest after each episode; None: it stays as it is.
+        """
+
         def env_flow(batch: Any) -> Any:
             sampled = policy.forward_step(batch)
             scored = reward.forward_step(sampled)
@@ -54,6 +62,13 @@ class GRPOEngine(Engine):
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(policy_trainer, policy)
+        if reference_ema is not None:
+            if reference is None:
+                raise ConfigError(
+                    f"reference_ema={reference_ema} needs a reference that follows the policy: give"
+                    " the engine one, or leave it out"
+                )
+            self.set_parameter_sync(policy_trainer, reference, eta=reference_ema)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
         """Held-out prompts: evaluation samples from the policy and asks the same reward."""
@@ -121,7 +136,11 @@ class RLHFEngine(Engine):
         ppo_policy: BaseModule,
         ppo_value: BaseModule,
         name: str = "rlhf",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """`reference_ema` as in `GRPOEngine`."""
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -137,6 +156,8 @@ class RLHFEngine(Engine):
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(ppo_policy, policy)
+        if reference_ema is not None:
+            self.set_parameter_sync(ppo_policy, reference, eta=reference_ema)
         self.set_parameter_sync(ppo_value, value)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path, *more: BaseModule) -> Self:
@@ -179,7 +200,11 @@ class OnlineDPOEngine(Engine):
         reward: BaseModule,
         ppo_policy: BaseModule,
         name: str = "online-dpo",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """`reference_ema` as in `GRPOEngine`."""
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -192,6 +217,8 @@ class OnlineDPOEngine(Engine):
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(ppo_policy, policy)
+        if reference_ema is not None:
+            self.set_parameter_sync(ppo_policy, reference, eta=reference_ema)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path, *more: BaseModule) -> Self:
         """Held-out prompts: evaluation samples from the policy and asks the same reward, and

@@ -61,6 +61,12 @@ class TorchModule(BaseModule):
                 seen.add(id(tensor))
                 yield name, tensor.detach()
 
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The float32 masters in place of the weights that have one."""
+        masters = self.master_weights or {}
+        for name, tensor in self.named_weights():
+            yield name, masters.get(name, tensor).detach()
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights. Raises SyncError, with nothing changed, unless they fit exactly."""
         own = dict(self.named_weights())
