@@ -210,6 +210,11 @@ class PPOSettings(PolicySettings):
         description="of generalized advantage estimation: 0 trusts the value function, 1 the"
         " rewards alone",
     )
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="after the last token of a completion that the length limit cut off comes what"
+        " the value model expects there, in place of nothing",
+    )
     whiten_advantages: bool = Field(
         default=True,
         description="advantages of a global batch get mean 0 and standard deviation 1",

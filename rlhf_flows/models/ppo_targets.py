@@ -34,6 +34,7 @@ _MAKERS = {
     "finish_reason": "the policy (VLLMPolicy, TorchPolicy)",
     "reference_logprobs": "the reference (Reference)",
     "values": "the value model (ValueModel)",
+    "last_value": "the value model with the same ppo (ValueModel)",
     "reward": "the reward model (RewardModel), or a reward function (FunctionReward)",
 }
 
@@ -83,7 +84,12 @@ def ppo_targets(
         score_clip=settings.score_clip,
     )
     found = generalized_advantages(
-        rewards, values, counts, gamma=settings.gamma, lambda_=settings.lambda_
+        rewards,
+        values,
+        counts,
+        gamma=settings.gamma,
+        lambda_=settings.lambda_,
+        end_values=_end_values(data, module) if settings.bootstrap_truncated else None,
     )
     mask = torch.repeat_interleave(trained, counts)
     advantages = found.advantages
@@ -110,11 +116,23 @@ def _scores(data: Batch, settings: PPOSettings, module: str) -> tuple[Tensor, Te
     rewards = torch.as_tensor(_column(data, "reward", module)).to(torch.float32)
     if settings.truncation == "keep":
         return rewards, torch.ones(batch_size(data), dtype=torch.bool)
-    reasons = _column(data, "finish_reason", module)
-    truncated = torch.tensor([reason == "length" for reason in reasons], dtype=torch.bool)
     return apply_truncation(
-        rewards, truncated, kind=settings.truncation, penalty=settings.truncation_penalty
+        rewards,
+        _truncated(data, module),
+        kind=settings.truncation,
+        penalty=settings.truncation_penalty,
     )
+
+
+def _end_values(data: Batch, module: str) -> Tensor:  # [B]
+    """What the value model expects after the last token: of what was cut off, else nothing."""
+    last = torch.as_tensor(_column(data, "last_value", module)).to(torch.float32)
+    return torch.where(_truncated(data, module), last, 0.0)
+
+
+def _truncated(data: Batch, module: str) -> Tensor:  # [B] bool
+    reasons = _column(data, "finish_reason", module)
+    return torch.tensor([reason == "length" for reason in reasons], dtype=torch.bool)
 
 
 def _column(data: Batch, name: str, module: str) -> Any:

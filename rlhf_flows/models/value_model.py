@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rlhf_flows.algorithms.value_norm import denormalized
@@ -60,13 +61,19 @@ class ValueModel(ScalarModule):
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """The batch with `values`: ragged float32, one before each response token, on the scale
-        of returns. Where `ppo` normalizes them, `normalized_values` are the model's own outputs.
+        of returns. Where `ppo` normalizes them, `normalized_values` are the model's own outputs;
+        where it bootstraps, `last_value` [B] float32 is that after the last token.
         """
-        outputs = self.all_scores(data)
-        found: Batch = {"values": [self._value(row) for row in outputs]}
-        if self.ppo is not None and self.ppo.value_norm != "none":
+        ppo = self.ppo or PPOSettings()
+        outputs = self.all_scores(data, ends=ppo.bootstrap_truncated)
+        values = [self._value(row) for row in outputs]
+        found: Batch = {}
+        if ppo.bootstrap_truncated:
+            found["last_value"] = torch.stack([row[-1] for row in values])
+            values, outputs = ([row[:-1] for row in rows] for rows in (values, outputs))
+        if ppo.value_norm != "none":
             found["normalized_values"] = outputs
-        return {**data, **found}
+        return {**data, "values": values, **found}
 
     def _value(self, outputs: Tensor) -> Tensor:  # [r] -> [r]
         if not self._scale:

@@ -92,8 +92,8 @@ def test_the_reference_of_each_episode_is_the_average_of_its_version(
 
 
 def test_at_its_ends_it_is_the_policy_or_the_start(store: Path) -> None:
-    learn(toy_engine(reference_ema=1.0), store, "near", eval_episode_interval=0, **RUNTIME)
-    learn(toy_engine(reference_ema=0.0), store, "far", eval_episode_interval=0, **RUNTIME)
+    learn(toy_engine(reference_ema=1.0, eval_rows=0), store, "near", **RUNTIME)
+    learn(toy_engine(reference_ema=0.0, eval_rows=0), store, "far", **RUNTIME)
     scored, sampled = samples(store, "near", "scoring"), samples(store, "near")
     for ours, theirs in zip(
         scored["reference_logprobs"], sampled["behaviour_logprobs"], strict=True
@@ -105,14 +105,14 @@ def test_at_its_ends_it_is_the_policy_or_the_start(store: Path) -> None:
 
 
 def test_with_staleness_the_reference_lags_as_the_policy_does(store: Path) -> None:
-    engine = toy_engine(reference_ema=ETA)
+    engine = toy_engine(reference_ema=ETA, eval_rows=0)
     learn(engine, store, "stale", max_staleness=1, keep_last=EPISODES, **RUNTIME)
     assert_scored_by(store, "stale", averages(store, "stale", eta=ETA), staleness=1)
     assert_exactly_once(store, "stale", episodes=EPISODES, staleness=1)
 
 
 def test_a_reference_that_is_synced_seldom_holds_the_average_of_its_version(store: Path) -> None:
-    engine = toy_engine(reference_ema=ETA)
+    engine = toy_engine(reference_ema=ETA, eval_rows=0)
     models = {"reference": {"sync_frequency": 2}}
     learn(engine, store, "seldom", models=models, keep_last=EPISODES, **RUNTIME)
     versions = averages(store, "seldom", eta=ETA)
@@ -133,10 +133,10 @@ def test_between_full_checkpoints_the_average_is_made_again_and_compared(
     store: Path, whole: str
 ) -> None:
     settings = {**RUNTIME, "save_episode_interval": 3, "keep_last": EPISODES}
-    learn(toy_engine(reference_ema=ETA), store, "sparse", **settings)
+    learn(toy_engine(reference_ema=ETA, eval_rows=0), store, "sparse", **settings)
     for path in (store / "sparse/episodes").glob("episode=00000[23]/*.json"):
         path.unlink()
-    learn(toy_engine(reference_ema=ETA), store, "sparse", **settings)
+    learn(toy_engine(reference_ema=ETA, eval_rows=0), store, "sparse", **settings)
     assert digests(store, "sparse") == digests(store, whole)
 
 
