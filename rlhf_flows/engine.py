@@ -114,8 +114,16 @@ class Engine:
 
     set_relay_sample_fn = set_relay_sample_manager
 
-    def set_parameter_sync(self, source: BaseModule, target: BaseModule) -> Self:
-        """`target` samples with the weights that `source` trains."""
+    def set_parameter_sync(
+        self, source: BaseModule, target: BaseModule, *, eta: float | None = None
+    ) -> Self:
+        """`target` holds the weights that `source` trains, or follows them at a distance.
+
+        Args:
+            eta: A moving average in place of the weights: version v is eta * weights of v +
+                (1 - eta) * version v - 1, version 0 what both begin with. 1 is the weights, 0 what
+                they were at first. The reference of a policy that may go far (`reference_ema`).
+        """
         for module in (source, target):
             if not isinstance(module, BaseModule):
                 raise ConfigError(
@@ -127,7 +135,12 @@ class Engine:
                 f"set_parameter_sync was given {source.name!r} twice: a module needs no sync with"
                 " itself"
             )
-        self._syncs.append(SyncPair(source=source.name, target=target.name))
+        if eta is not None and not 0.0 <= eta <= 1.0:
+            raise ConfigError(
+                f"set_parameter_sync was given eta={eta} for {target.name!r}: it is the share of"
+                " the newest weights in an average, between 0 and 1"
+            )
+        self._syncs.append(SyncPair(source=source.name, target=target.name, eta=eta))
         return self
 
     def configure(self, config: EngineConfig | Mapping[str, Any] | None = None, /) -> Self:

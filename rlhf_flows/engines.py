@@ -40,7 +40,15 @@ class GRPOEngine(Engine):
         reward: BaseModule,
         reference: BaseModule | None = None,
         name: str = "grpo",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """
+        Args:
+            reference_ema: The reference follows the moving average of the policy's weights, with
+                this share of the newest after each episode; None: it stays as it is.
+        """
+
         def env_flow(batch: Any) -> Any:
             sampled = policy.forward_step(batch)
             scored = reward.forward_step(sampled)
@@ -54,6 +62,13 @@ class GRPOEngine(Engine):
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(policy_trainer, policy)
+        if reference_ema is not None:
+            if reference is None:
+                raise ConfigError(
+                    f"reference_ema={reference_ema} needs a reference that follows the policy: give"
+                    " the engine one, or leave it out"
+                )
+            self.set_parameter_sync(policy_trainer, reference, eta=reference_ema)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path) -> Self:
         """Held-out prompts: evaluation samples from the policy and asks the same reward."""
@@ -121,7 +136,11 @@ class RLHFEngine(Engine):
         ppo_policy: BaseModule,
         ppo_value: BaseModule,
         name: str = "rlhf",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """`reference_ema` as in `GRPOEngine`."""
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -133,10 +152,12 @@ class RLHFEngine(Engine):
             ppo_policy.train_step(batch)  # type: ignore[call-arg]
             ppo_value.train_step(batch)  # type: ignore[call-arg]
 
-        _check_settings(ppo_policy, ppo_value)
+        _check_settings(ppo_policy, ppo_value, value)
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(ppo_policy, policy)
+        if reference_ema is not None:
+            self.set_parameter_sync(ppo_policy, reference, eta=reference_ema)
         self.set_parameter_sync(ppo_value, value)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path, *more: BaseModule) -> Self:
@@ -179,7 +200,11 @@ class OnlineDPOEngine(Engine):
         reward: BaseModule,
         ppo_policy: BaseModule,
         name: str = "online-dpo",
+        *,
+        reference_ema: float | None = None,
     ) -> None:
+        """`reference_ema` as in `GRPOEngine`."""
+
         def env_flow(batch: Any) -> Any:
             policy_out = policy.forward_step(batch)
             ref_out = reference.forward_step(policy_out)
@@ -192,6 +217,8 @@ class OnlineDPOEngine(Engine):
         super().__init__(Environment(env_flow), Trainer(trainer_flow), name=name)
         self._policy, self._reward = policy, reward
         self.set_parameter_sync(ppo_policy, policy)
+        if reference_ema is not None:
+            self.set_parameter_sync(ppo_policy, reference, eta=reference_ema)
 
     def set_eval_dataset(self, dataset: Sequence[Any] | str | Path, *more: BaseModule) -> Self:
         """Held-out prompts: evaluation samples from the policy and asks the same reward, and
@@ -217,17 +244,20 @@ class EvalEngine(Engine):
         return self.evaluate(**settings)
 
 
-def _check_settings(ppo_policy: BaseModule, ppo_value: BaseModule) -> None:
+def _check_settings(ppo_policy: BaseModule, *others: BaseModule) -> None:
     """The ready-made trainers compute the same returns, each for itself."""
-    ours, theirs = getattr(ppo_policy, "ppo", None), getattr(ppo_value, "ppo", None)
-    if ours is None or theirs is None or ours == theirs:
-        return
-    odd = [n for n in type(ours).model_fields if getattr(ours, n) != getattr(theirs, n)]
-    raise ConfigError(
-        f"{ppo_policy.name!r} and {ppo_value.name!r} have different PPO settings"
-        f" ({', '.join(f'{n}={getattr(ours, n)} and {getattr(theirs, n)}' for n in odd)}): the"
-        " value must be that of the returns the policy learns from, so give both the same ppo"
-    )
+    ours = getattr(ppo_policy, "ppo", None)
+    for other in others:
+        theirs = getattr(other, "ppo", None)
+        if ours is None or theirs is None or ours == theirs:
+            continue
+        odd = [n for n in type(ours).model_fields if getattr(ours, n) != getattr(theirs, n)]
+        raise ConfigError(
+            f"{ppo_policy.name!r} and {other.name!r} have different PPO settings"
+            f" ({', '.join(f'{n}={getattr(ours, n)} and {getattr(theirs, n)}' for n in odd)}):"
+            " the value must be that of the returns the policy learns from, so give both the same"
+            " ppo"
+        )
 
 
 def _evaluator(*models: BaseModule) -> Evaluator:

@@ -33,7 +33,8 @@ def exported_model(
 
     Args:
         version: The newest by default.
-        module: Which trained module; needed where the run trains several.
+        module: Which trained module, or which that follows the average of one; needed where the
+            run trains several.
         retry_budget_s: How long an outage of the store is waited for.
 
     Raises:
@@ -73,12 +74,14 @@ def _weights(store: ObjectStore, run: str, version: int | None, module: str) -> 
             + (f"it has versions 1 to {newest}" if newest else "nothing is trained yet")
         )
     checkpoints = read_json(store, RunLayout(run).trained(version - 1))["checkpoints"]
+    averages = [entry.get("averages", {}) for entry in checkpoints.values()]
     if not module and len(checkpoints) > 1:
         raise ConfigError(f"run {run!r} trains {', '.join(checkpoints)}: say which with --module")
     name = module or next(iter(checkpoints))
-    if name not in checkpoints:
+    found = {name: entry for some in (*averages, checkpoints) for name, entry in some.items()}
+    if name not in found:
         raise ConfigError(f"run {run!r} trains no {name!r}, it trains {', '.join(checkpoints)}")
-    record = FolderRecord.from_json(checkpoints[name]["weights"])
+    record = FolderRecord.from_json(found[name]["weights"])
     if record.prefix in state.deleted:
         raise ConfigError(
             f"the weights of version {version} of run {run!r} were deleted by retention"

@@ -125,6 +125,12 @@ class PolicySettings(Settings):
     temperature: float = Field(
         default=1.0, gt=0, description="the sampler's temperature: logits are divided by it"
     )
+    early_stop_ratio: float | None = Field(
+        default=None,
+        gt=1,
+        description="a global batch takes no step where the mean ratio of its tokens exceeds this"
+        " (5 in ReaL); null: all take one",
+    )
     exact_entropy: bool = Field(
         default=False,
         description="report the entropy over the whole vocabulary (one more pass over the logits)"
@@ -174,10 +180,24 @@ class PPOSettings(PolicySettings):
     """
 
     kl_coef: float = Field(
-        default=0.05, ge=0, description="weight of the KL to the reference in each token's reward"
+        default=0.05,
+        ge=0,
+        description="weight of the KL to the reference in each token's reward; with adaptive_kl"
+        " that of the first episode",
     )
     kl_estimator: Literal["k1", "k2", "k3"] = Field(
         default="k1", description="Schulman's estimators of the KL; k1 is InstructGPT's"
+    )
+    adaptive_kl: bool = Field(
+        default=False,
+        description="kl_coef rises after an episode whose divergence is above kl_target, and falls"
+        " after one below (arXiv 1909.08593)",
+    )
+    kl_target: float = Field(
+        default=6.0, gt=0, description="of adaptive_kl: nats of a sample, mean over an episode"
+    )
+    kl_horizon: float = Field(
+        default=10000.0, gt=0, description="of adaptive_kl: samples; a larger one changes it slower"
     )
     score_clip: float | None = Field(
         default=None, gt=0, description="bound scores to plus and minus this first; null: never"
@@ -190,6 +210,11 @@ class PPOSettings(PolicySettings):
         description="of generalized advantage estimation: 0 trusts the value function, 1 the"
         " rewards alone",
     )
+    bootstrap_truncated: bool = Field(
+        default=False,
+        description="after the last token of a completion that the length limit cut off comes what"
+        " the value model expects there, in place of nothing",
+    )
     whiten_advantages: bool = Field(
         default=True,
         description="advantages of a global batch get mean 0 and standard deviation 1",
@@ -198,8 +223,28 @@ class PPOSettings(PolicySettings):
         default=0.2,
         gt=0,
         description="values further than this from their old ones earn nothing more; null: never"
-        " clipped",
+        " clipped. With value_norm it is of the normalized values",
     )
+    value_norm: Literal["none", "exp", "ma"] = Field(
+        default="none",
+        description="the value model learns returns less their running mean, divided by their"
+        " running standard deviation: exponential, or over all tokens ever seen",
+    )
+    value_norm_beta: float = Field(
+        default=0.99995, ge=0, lt=1, description="of value_norm='exp': what stays after a batch"
+    )
+    value_norm_eps: float = Field(
+        default=1e-5, gt=0, description="of value_norm: added to the variance"
+    )
+
+    @model_validator(mode="after")
+    def _adapts(self) -> Self:
+        if self.adaptive_kl and self.kl_coef == 0:
+            raise ValueError(
+                "adaptive_kl multiplies kl_coef, and 0 stays 0: set kl_coef to where it is to"
+                " begin, such as 0.1, or adaptive_kl=false"
+            )
+        return self
 
 
 class _PairSettings(Settings):

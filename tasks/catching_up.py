@@ -67,17 +67,19 @@ async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
     await make_missing(runtime, data)
     await train_episode(runtime, data, [node], report=False)
     pool, _ = trainer_of(runtime, node)
-    digest = await pool.call(
-        "weights_digest",
+    digests = await pool.call(
+        "weights_digests",
         runtime.attempt,
-        what=f"the digest of version {episode + 1} of {node.module}",
+        what=f"the digests of version {episode + 1} of {node.module}",
         timeout_s=runtime.config.runtime.train_timeout_s,
     )
-    committed = (await runtime.weights.checkpoint_of(node.module, episode + 1)).digest
-    if digest != committed:
+    committed = (await runtime.weights.checkpoint_of(node.module, episode + 1)).digests
+    if digests != committed:
+        odd = next(name for name in committed if digests.get(name) != committed[name])
         raise StoreDamageError(
             f"training episode {episode} of run {runtime.run!r} again from its stored shards gave"
-            f" other weights ({digest[:12]}) than were committed ({committed[:12]}): resume on the"
+            f" other weights ({digests.get(odd, '')[:12]}) than were committed"
+            f" ({committed[odd][:12]}): resume on the"
             " machine type and thread count of the commit, or set"
             " runtime.save_episode_interval=1 for runs that move"
         )

@@ -65,7 +65,7 @@ async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None
     """The mean distance of logprobs between what the trainer committed and the samplers."""
     if version == 0:
         return None  # both are as their `setup` left them
-    probe = (await runtime.weights.checkpoint_of(pair.source, version)).probe
+    probe = (await runtime.weights.followed(pair, version)).probe
     if probe is None:
         return None
     pool = runtime.pools[pair.target]

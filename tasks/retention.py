@@ -38,7 +38,8 @@ async def retain(runtime: Runtime, *, newest: int, needed: Collection[int] = ())
         is_settled = full >= keep_last
         is_old = version <= newest - keep_last and version < named and version not in needed
         old = [r.state for r in records if r.state is not None and is_settled]
-        old += [r.weights for r in records if r.weights is not None and is_settled and is_old]
+        if is_settled and is_old:
+            old += [folder for r in records for folder in r.weights_folders]
         full += any(r.state is not None for r in records)
         are_gone = bool(old) and runtime.weights.gone.issuperset(folder.prefix for folder in old)
         if are_gone and min(left, default=newest) > version:

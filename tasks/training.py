@@ -99,7 +99,7 @@ async def _commit(
         return
     for record in records:
         theirs = await runtime.weights.checkpoint_of(record.module, episode + 1)
-        if theirs.digest != record.digest:
+        if theirs.digests != record.digests:
             raise PoolError(
                 f"episode {episode} of run {runtime.run!r} was committed by attempt"
                 f" {commit.payload.get('attempt')} with other weights of {record.module!r}:"

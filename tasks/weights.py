@@ -28,6 +28,15 @@ class SyncPair:
 
     source: str
     target: str
+    eta: float | None = None
+    """The target holds a moving average of the weights, with this share of the newest; None for
+    the weights themselves.
+    """
+
+    @property
+    def average(self) -> str:
+        """The name of the average that the target follows; "" for the weights themselves."""
+        return "" if self.eta is None else self.target
 
 
 class RunWeights:
@@ -58,7 +67,7 @@ class RunWeights:
         self._run, self._attempt, self._store = run, attempt, store
         self._layout = RunLayout(run)
         self._pools, self._trained, self._syncs = pools, trained, syncs
-        self._sending: dict[tuple[str, int], asyncio.Future[Any]] = {}
+        self._sending: dict[tuple[str, str, int], asyncio.Future[Any]] = {}
 
     def versions_without_weights(self) -> set[int]:
         """Trained versions whose weights retention has deleted, or began to."""
@@ -82,19 +91,34 @@ class RunWeights:
                 f" {module!r}: it was written by another configuration"
             ) from e
 
-    def source_of(self, target: str) -> str:
-        """The trained module whose weights `target` follows."""
+    async def followed(self, pair: SyncPair, version: int) -> CheckpointRecord:
+        """What the target of a pair holds at `version`: weights alone, or their average."""
+        record = await self.checkpoint_of(pair.source, version)
+        if not pair.average:
+            return replace(record, state=None)
+        if pair.average not in record.averages:
+            raise StoreDamageError(
+                f"the commit of version {version} of run {self._run!r} has no average of"
+                f" {pair.source!r} for {pair.target!r}: it was written by another configuration"
+            )
+        return record.averages[pair.average]
+
+    def pair_of(self, target: str) -> SyncPair:
+        """The pair by which `target` follows a trained module."""
         for pair in self._syncs:
             if pair.target == target:
-                return pair.source
+                return pair
         raise PoolError(
             f"module {target!r} is asked for a policy version, but follows no trainer: say which"
             f" with engine.set_parameter_sync(trainer, {target})"
         )
 
-    async def weights_of(self, module: str, version: int) -> WeightsSource | None:
-        """The weights as Ray objects, if the trainer holds that version and is at rest."""
-        key = (module, version)
+    async def weights_of(self, pair: SyncPair, version: int) -> WeightsSource | None:
+        """What the target of a pair holds at `version`, as Ray objects, if the trainer holds that
+        version and is at rest.
+        """
+        module = pair.source
+        key = (module, pair.average, version)
         if module not in self._pools:
             return None
         if key not in self._sending:
@@ -108,6 +132,7 @@ class RunWeights:
                 self._attempt,
                 version,
                 self._settings.sync_bucket_bytes,
+                pair.average,
                 what=f"packing the weights of version {version}",
                 timeout_s=self._settings.sync_timeout_s,
             )
@@ -123,23 +148,22 @@ class RunWeights:
         from the store.
         """
         is_trained = pool.name in self._trained
-        module = pool.name if is_trained else self.source_of(pool.name)
+        pair = None if is_trained else self.pair_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
             return
-        if is_trained:
+        if pair is None:
             await self._restore_trained(pool, replica, version)
             return
         timeout_s = self._settings.sync_timeout_s
         for is_last in (False, True):
-            source = None if is_last else await self.weights_of(module, version)
+            source = None if is_last else await self.weights_of(pair, version)
             args: tuple[Any, ...]
             if source is not None:
                 method, args = "receive_weights", (source, timeout_s)
             else:
-                record = replace(await self.checkpoint_of(module, version), state=None)
-                method, args = "restore", (record, version)
+                method, args = "restore", (await self.followed(pair, version), version)
             what = f"loading the weights of version {version}"
             try:
                 replica.state = await pool.on_replica(

@@ -115,6 +115,19 @@ class ToyReward(BaseModule):
         return {"reward": 1.0 - distance / DIGITS, "exact": (distance == 0).float()}
 
 
+class ToyReference(TorchModule):
+    """Holds preferences, and says how likely a sampled digit is by them."""
+
+    default_threads = 1
+
+    def setup(self) -> None:
+        self.model = Digits()
+
+    def forward_step(self, data: dict[str, Any], iteration: int = 0) -> dict[str, Any]:
+        logprobs = self.model.preferences.detach().log_softmax(-1)
+        return {"reference_logprobs": [logprobs[d : d + 1] for d in data["digit"].tolist()]}
+
+
 class ToyTrainer(TorchModule):
     default_threads = 1
 

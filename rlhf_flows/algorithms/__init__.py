@@ -2,6 +2,7 @@
 batches, Ray or Parquet; what a column is called is the affair of rlhf_flows.models.
 """
 
+from rlhf_flows.algorithms.adaptive_kl import adapted_kl_coef
 from rlhf_flows.algorithms.advantages import group_advantages
 from rlhf_flows.algorithms.aggregation import token_weights
 from rlhf_flows.algorithms.dpo import PairLoss, dpo_loss
@@ -14,13 +15,17 @@ from rlhf_flows.algorithms.sft import nll
 from rlhf_flows.algorithms.token_rewards import token_rewards
 from rlhf_flows.algorithms.truncation import apply_truncation
 from rlhf_flows.algorithms.value import ValueLoss, value_loss
+from rlhf_flows.algorithms.value_norm import RunningMoments, denormalized
 
 __all__ = [
     "Advantages",
     "PairLoss",
     "PolicyLoss",
+    "RunningMoments",
     "ValueLoss",
+    "adapted_kl_coef",
     "apply_truncation",
+    "denormalized",
     "dpo_loss",
     "generalized_advantages",
     "group_advantages",

@@ -2,7 +2,7 @@
 
 The decision here: sequences stay ragged, as flat tensors with lengths; the recursion runs over
 places from the end, for all samples at once, in float64. A completion is a whole episode: nothing
-comes after its last token, cut off or not, so the value there is zero.
+comes after its last token, so the value there is zero, unless the caller says what it would be.
 
 Letters: B samples, T response tokens of all samples, flat, in sample order.
 """
@@ -34,9 +34,12 @@ def generalized_advantages(
     *,
     gamma: float = 1.0,
     lambda_: float = 0.95,
+    end_values: Tensor | None = None,  # [B] V of the state after each sample's last token
 ) -> Advantages:  # in the dtype of `values`
     """A_t = sum over l of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
+    V after the last token is 0, or of `end_values`: that of a completion that was cut off, whose
+    end is none (Pardo et al., arXiv 1712.00378, section 3).
     lambda_ = 0 gives the TD error delta_t; gamma = lambda_ = 1 the reward to go minus V_t.
 
     Raises DataError naming the row where a reward or a value is not finite.
@@ -48,6 +51,9 @@ def generalized_advantages(
     start = lengths.cumsum(0) - lengths  # [B]
     advantages = torch.zeros_like(v)
     later, next_value = v.new_zeros(len(lengths)), v.new_zeros(len(lengths))
+    if end_values is not None:
+        check_tokens("value at the end", end_values, torch.ones_like(lengths))
+        next_value += end_values.detach().to(torch.float64)
     for place in reversed(range(int(lengths.max()) if len(lengths) else 0)):
         rows = (lengths > place).nonzero()[:, 0]
         at = start[rows] + place

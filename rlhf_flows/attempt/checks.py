@@ -200,6 +200,8 @@ def _check_syncs(
                 f"set_parameter_sync takes weights from {pair.source!r}, which the trainer's flow"
                 f" does not train: it trains {', '.join(sorted(trained)) or 'nothing'}"
             )
+        if pair.eta is not None:
+            _check_average(pair, modules)
         if pair.target in trained:
             raise ConfigError(
                 f"set_parameter_sync gives {pair.target!r} the weights of {pair.source!r}, but the"
@@ -209,6 +211,15 @@ def _check_syncs(
     for name in targets:
         if targets.count(name) > 1:
             raise ConfigError(f"{name!r} follows two trainers: a module takes weights of one")
+
+
+def _check_average(pair: SyncPair, modules: Mapping[str, BaseModule]) -> None:
+    source, target = (getattr(modules[n], "path", None) for n in (pair.source, pair.target))
+    if source is not None and target is not None and source != target:
+        raise ConfigError(
+            f"{pair.target!r} follows the average of {pair.source!r}, which begins at the weights"
+            f" in {str(source)!r}, but it is made from {str(target)!r}: give both the same path"
+        )
 
 
 def _check_relay(description: Description) -> None:

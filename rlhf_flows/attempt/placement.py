@@ -161,6 +161,7 @@ def make_pool(
     )
     is_trained = checked.trainer is not None and name in checked.trainer.modules
     relay = checked.description.relay if is_trained else None
+    averages = {p.target: p.eta for p in checked.syncs if p.source == name and p.eta is not None}
     spec = PoolSpec(
         run=run,
         module=cloudpickle.dumps(module),
@@ -177,6 +178,7 @@ def make_pool(
         num_threads=threads,
         lease_s=config.cluster.lease_s,
         store_retry_budget_s=config.store.retry_budget_s,
+        averages=averages,
         relay=None if relay is None else cloudpickle.dumps(relay),
         log_level=config.log_level,
     )
@@ -204,6 +206,7 @@ def _making(spec: PoolSpec, module: BaseModule, relay: Callable[[Any], Any] | No
         "arguments": dict(spec.context.model_args),
         "runtime_env": dict(spec.runtime_env),
         "store": spec.store_url,
+        "averages": dict(spec.averages),
         "runtime": runtime,
         "versions": {p: _version(p) for p in ("rlhf-flows", "torch", "transformers", "vllm")},
     }

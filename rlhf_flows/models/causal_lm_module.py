@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,23 @@ from torch import Tensor, nn
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.data.packing import cut_by_tokens
 from rlhf_flows.errors import ConfigError, DataError
-from rlhf_flows.models.adamw import Schedule, make_adamw, make_masters, step_masters
 from rlhf_flows.models.causal_lm import DType, check_model_folder, load_causal_lm, load_tokenizer
 from rlhf_flows.models.lanes import Lanes
 from rlhf_flows.models.logprob_head import ScoredTokens
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, siblings_of
 from rlhf_flows.modules.hf_folder import HFFolder
 from rlhf_flows.modules.torch_module import TorchModule
-from rlhf_flows.settings import OptimizerSettings
 
 __all__ = ["CausalLMModule", "Scorer", "column", "cut_rows", "flat", "groups_of", "ragged"]
 
-Result = TypeVar("Result")
 Scorer = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int] | None], Sequence[Tensor]]
 """(prompts, responses, groups) of a micro-batch to one tensor for each row, on the CPU."""
 
 
 class CausalLMModule(TorchModule):
-    """Base of all trainers and of what only scores; a subclass may load a model of another head."""
+    """Base of what scores, and of all trainers (`CausalLMTrainer`); a subclass may load a model of
+    another head.
+    """
 
     lanes = Lanes(nn.Identity(), num_threads=1, device="cpu")
     """Of micro-batches; `setup` makes the model's own."""
@@ -166,85 +165,6 @@ class CausalLMModule(TorchModule):
             self.lanes.run(work, bins)
         return found
 
-    def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
-        """`rows` of the batch in micro-batches, this rank's share of them.
-
-        By `runtime.train_micro_batch_size` rows where the run asks for it, else by tokens:
-        `runtime.train_micro_batch_tokens`, or the module's own `micro_batch_tokens`.
-        """
-        asked = self.runtime_args
-        if size := asked.get("train_micro_batch_size"):
-            parts = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-            return parts[self.rank :: self.world_size]
-        prompts, responses = data["prompt_ids"], data["response_ids"]
-        groups = groups_of(data)
-        bins = cut_rows(
-            [prompts[i] for i in rows],
-            [responses[i] for i in rows],
-            None if groups is None else [groups[i] for i in rows],
-            budget=asked.get("train_micro_batch_tokens") or self.micro_batch_tokens,
-            multiple=self.lanes.count * self.world_size,
-        )
-        # Bins come longest first, so dealing them out in turn gives ranks about equal work.
-        return [[rows[i] for i in part] for part in bins[self.rank :: self.world_size]]
-
-    # ---- gradients ------------------------------------------------------------------------
-
-    def backward_all(
-        self, data: Sequence[Batch], loss_of: Callable[[Batch], tuple[Tensor, Result]]
-    ) -> list[Result]:
-        """Adds the gradients of all micro-batches' losses to the parameters'.
-
-        Returns what `loss_of` gave beside each loss, in the order of `data`.
-        """
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-
-        def work(part: Sequence[Batch]) -> tuple[list[Tensor | None], list[Result]]:
-            total: list[Tensor | None] = [None] * len(parameters)
-            found = []
-            for micro_batch in part:
-                loss, beside = loss_of(micro_batch)
-                # Not backward(): lanes would add to the same gradients at once.
-                _add(total, torch.autograd.grad(loss, parameters, allow_unused=True))
-                found.append(beside)
-            return total, found
-
-        lanes = self.lanes.run(work, data)
-        for total, _ in lanes:
-            own = [p.grad for p in parameters]
-            _add(own, total)
-            for p, grad in zip(parameters, own, strict=True):
-                p.grad = grad
-        return [lanes[i % len(lanes)][1][i // len(lanes)] for i in range(len(data))]
-
-    # ---- optimizer ------------------------------------------------------------------------
-
-    def setup_optimizer(self, settings: OptimizerSettings) -> None:
-        if settings.master_weights and self.dtype != "float32":
-            self.master_weights = make_masters(self.model)
-        self.optimizer = make_adamw(self.model, settings, self.master_weights)
-        self.lr_scheduler = Schedule(self.optimizer, settings)
-
-    def optimizer_step(
-        self, scalars: Tensor, settings: OptimizerSettings
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Collective: every rank, same order. One step by the gradients that are there.
-
-        `scalars` [n] are summed over ranks and returned; the first is the loss. Raises
-        NonFiniteError before anything changes.
-        """
-        scalars = self.sum_gradients(scalars)
-        norm = self.clip_gradients(float(scalars[0]), settings.max_grad_norm)
-        rate: float = self.lr_scheduler.set_learning_rate()
-        if self.master_weights is None:
-            self.optimizer.step()
-        else:
-            step_masters(self.model, self.optimizer, self.master_weights)
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad()
-        self.model.zero_grad()
-        return scalars, {"grad_norm": norm, "learning_rate": rate}
-
 
 def cut_rows(
     prompts: Sequence[Tensor],
@@ -287,14 +207,6 @@ def _cut_evenly(costs: Sequence[int], *, budget: int, multiple: int) -> list[lis
         if len(bins) <= len(some) <= wanted:
             return some
     return bins
-
-
-def _add(total: list[Tensor | None], more: Iterable[Tensor | None]) -> None:
-    """Adds in place; takes over what was nothing before."""
-    for i, tensor in enumerate(more):
-        if tensor is not None:
-            own = total[i]
-            total[i] = tensor if own is None else own.add_(tensor)
 
 
 def column(data: Batch, name: str, module: str) -> Any:

@@ -8,7 +8,7 @@ Letters: B pairs of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from rlhf_flows.algorithms.dpo import dpo_loss
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.causal_lm_module import CausalLMModule
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.pairs import as_samples, check_pair_batch, pair_costs, sums_of
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import DPOSettings, OptimizerSettings
@@ -28,7 +28,7 @@ _MEANS = ("accuracy", "margin", "chosen_reward", "rejected_reward", "chosen_logp
 """Over pairs; rewards are the implicit ones, beta * log(policy / reference)."""
 
 
-class DPOTrainer(CausalLMModule):
+class DPOTrainer(CausalLMTrainer):
     """DPO or IPO on batches with prompt_ids, chosen_ids, rejected_ids, reference_chosen_logprob and
     reference_rejected_logprob.
     """
@@ -45,21 +45,17 @@ class DPOTrainer(CausalLMModule):
         gradient_checkpointing: bool = False,
         layout: Layout = "auto",
     ) -> None:
-        """As `CausalLMModule`, with the settings of AdamW and of the algorithm."""
+        """As `CausalLMTrainer`, with the settings of the algorithm."""
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.dpo = dpo or DPOSettings()
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     def prepare_batch(self, data: Batch) -> Batch:
         """Adds `pair_weight` [B] of the whole global batch."""
@@ -77,26 +73,21 @@ class DPOTrainer(CausalLMModule):
 
         Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
         """
-        metrics, _ = self._step(data, torch.zeros(0))
+        metrics, _ = self._step(data)
         return {**metrics, "rows_trained": metrics.pop("pairs")}
 
-    def _step(self, data: list[Batch], beside: Tensor) -> tuple[dict[str, float], list[float]]:
-        """One step on pairs; its metrics with the number of `pairs`, and `beside` [n] summed over
+    def _step(
+        self, data: list[Batch], *, beside: Sequence[float] = ()
+    ) -> tuple[dict[str, float], list[float]]:
+        """One step on pairs; its metrics with the number of `pairs`, and `beside` summed over
         ranks.
         """
-        self.model.train()
-        self.model.zero_grad()
-        sums = torch.zeros(3 + len(_MEANS), dtype=torch.float64, device=self.context.device)
-        for part in self.backward_all(data, self._loss):
-            sums += part
-        scalars, metrics = self.optimizer_step(
-            torch.cat([sums, beside.to(sums)]), self.optimizer_settings
-        )
-        loss, pairs, tokens, *rest = scalars.tolist()
-        means = dict(zip(_MEANS, (x / max(pairs, 1.0) for x in rest), strict=False))
-        return {"loss": loss, **means, "tokens": tokens, "pairs": pairs, **metrics}, rest[
-            len(_MEANS) :
-        ]
+        num_sums = 3 + len(_MEANS)
+        sums, metrics = self.step_on(data, self._loss, beside=beside, num_sums=num_sums)
+        loss, pairs, tokens = sums[:3]
+        means = {n: x / max(pairs, 1.0) for n, x in zip(_MEANS, sums[3:num_sums], strict=True)}
+        found = {"loss": loss, **means, "tokens": tokens, "pairs": pairs, **metrics}
+        return found, sums[num_sums:]
 
     def _loss(self, data: Batch) -> tuple[Tensor, Tensor]:
         """This micro-batch's share of the loss; and its sums: loss, pairs, tokens, `_MEANS`."""

@@ -96,9 +96,9 @@ class OnlineDPOTrainer(DPOTrainer):
             for group, is_tied in zip(batch["group"], batch["is_tied"], strict=True)
             if is_tied
         }
-        counts = torch.tensor([sum(batch_size(batch) for batch in idle), len(tied)])
         metrics, (filtered, groups_tied) = self._step(
-            [batch for batch in data if "chosen_ids" in batch], counts
+            [batch for batch in data if "chosen_ids" in batch],
+            beside=[sum(batch_size(batch) for batch in idle), len(tied)],
         )
         return {
             **metrics,

@@ -10,6 +10,7 @@ Letters: B samples, T response tokens of all samples, flat, in sample order.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,7 +26,8 @@ from rlhf_flows.algorithms.truncation import apply_truncation
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.causal_lm_module import CausalLMModule, column, flat, ragged
+from rlhf_flows.models.causal_lm_module import column, flat, ragged
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 
@@ -38,7 +40,7 @@ _SUMS = (
 """What micro-batches add up, the loss first; those from "kl" to "logprob_gap" are over tokens."""
 
 
-class PolicyTrainer(CausalLMModule):
+class PolicyTrainer(CausalLMTrainer):
     """GRPO on batches with prompt_ids, response_ids, reward and group.
 
     With `kl_coef` also reference_logprobs; with an importance correction, or old logprobs from the
@@ -57,21 +59,17 @@ class PolicyTrainer(CausalLMModule):
         gradient_checkpointing: bool = False,
         layout: Layout = "auto",
     ) -> None:
-        """As `CausalLMModule`, with the settings of AdamW and of the algorithm."""
+        """As `CausalLMTrainer`, with the settings of the algorithm."""
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.grpo = grpo or GRPOSettings()
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     # ---- before the passes ----------------------------------------------------------------
 
@@ -174,10 +172,10 @@ class PolicyTrainer(CausalLMModule):
     def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float]:
         """Collective: every rank, same order. One optimizer step on one global batch.
 
-        Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
+        None is taken where the mean ratio of its tokens exceeds `early_stop_ratio`; its rows then
+        count as filtered. Raises NonFiniteError, weights untouched, where the loss or a gradient is
+        not finite.
         """
-        self.model.train()
-        self.model.zero_grad()
         device = self.context.device
         sums = torch.zeros(len(_SUMS), dtype=torch.float64, device=device)
         max_gap = torch.zeros((), device=device)
@@ -190,7 +188,7 @@ class PolicyTrainer(CausalLMModule):
             max_gap = torch.maximum(max_gap, gap)
         idle = [batch_size(batch) for batch, yes in zip(data, active, strict=True) if not yes]
         sums[_SUMS.index("rows_filtered")] += sum(idle)
-        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
+        sums, metrics = self.optimizer_step(sums)
         if self.world_size > 1:
             torch.distributed.all_reduce(max_gap, torch.distributed.ReduceOp.MAX)
         found = dict(zip(_SUMS, sums.tolist(), strict=True))
@@ -201,7 +199,22 @@ class PolicyTrainer(CausalLMModule):
         found["logprob_gap_max"] = float(max_gap)
         if not any("reference_logprobs" in micro_batch for micro_batch in data):
             del found["kl"]
-        return {**found, **metrics}
+        if self.grpo.early_stop_ratio is None:
+            return {**found, **metrics}
+        is_stopped = self.refuses(sums)
+        if is_stopped:
+            found["rows_filtered"] += found["rows_trained"]
+            found["rows_trained"] = 0.0
+            # A ratio that was too large for a number made a loss that is none: nobody steps by it.
+            found = {name: x for name, x in found.items() if math.isfinite(x)}
+        return {**found, "early_stopped": float(is_stopped), **metrics}
+
+    def refuses(self, sums: Tensor) -> bool:
+        limit = self.grpo.early_stop_ratio
+        if limit is None:
+            return False
+        ratio, tokens = sums[_SUMS.index("ratio")], sums[_SUMS.index("tokens")]
+        return bool(ratio > limit * tokens)
 
     def _loss(self, data: Batch) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """This micro-batch's share of the loss; what it adds to `_SUMS`, and its largest gap."""

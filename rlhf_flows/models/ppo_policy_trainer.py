@@ -6,11 +6,15 @@ for each sample. Loss, passes, old logprobs, importance correction and resume ar
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.models.causal_lm import DType
 from rlhf_flows.models.causal_lm_module import ragged
+from rlhf_flows.models.kl_controller import KLController
 from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.ppo_targets import ppo_targets
 from rlhf_flows.models.response_logprobs import Layout
@@ -39,6 +43,7 @@ class PPOPolicyTrainer(PolicyTrainer):
     ) -> None:
         """As `PolicyTrainer`; `ppo` is that of the `ValueTrainer` as well."""
         self.ppo = ppo or PPOSettings()
+        self.kl_controller = KLController(self.ppo)
         shared = self.ppo.model_dump(include=set(PolicySettings.model_fields))
         super().__init__(
             name,
@@ -52,11 +57,22 @@ class PPOPolicyTrainer(PolicyTrainer):
             layout=layout,
         )
 
+    def before_episode(self, episode: int) -> None:
+        self.kl_controller.begin_episode()
+
+    def after_episode(self, episode: int) -> None:
+        self.kl_controller.end_episode()
+
+    def training_tensors(self) -> Mapping[str, Tensor]:
+        return {**super().training_tensors(), **self.kl_controller.tensors()}
+
     def prepare_batch(self, data: Batch) -> Batch:
         """Adds `advantages` and `token_weight` (ragged) of the whole global batch, and what it is
         known by: `score`, `sequence_kl` and `return` [B].
         """
-        targets = ppo_targets(data, self.ppo, module=self.name)
+        kl_coef = self.kl_controller.coef
+        targets = ppo_targets(data, self.ppo, module=self.name, kl_coef=kl_coef)
+        self.kl_controller.see(data, targets.sequence_kl)
         return {
             **data,
             "score": targets.score,
@@ -65,3 +81,6 @@ class PPOPolicyTrainer(PolicyTrainer):
             "advantages": ragged(targets.advantages, targets.lengths),
             "token_weight": ragged(targets.token_weight, targets.lengths),
         }
+
+    def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float]:
+        return {**super().train_step(data, iteration), **self.kl_controller.metrics()}

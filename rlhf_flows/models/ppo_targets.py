@@ -34,6 +34,7 @@ _MAKERS = {
     "finish_reason": "the policy (VLLMPolicy, TorchPolicy)",
     "reference_logprobs": "the reference (Reference)",
     "values": "the value model (ValueModel)",
+    "last_value": "the value model with the same ppo (ValueModel)",
     "reward": "the reward model (RewardModel), or a reward function (FunctionReward)",
 }
 
@@ -56,8 +57,10 @@ class PPOTargets:
     """[B] the return of a sample's first token: of the whole sample."""
 
 
-def ppo_targets(data: Batch, settings: PPOSettings, *, module: str) -> PPOTargets:
-    """Of a whole global batch.
+def ppo_targets(
+    data: Batch, settings: PPOSettings, *, module: str, kl_coef: float | None = None
+) -> PPOTargets:
+    """Of a whole global batch. `kl_coef` stands in for that of the settings, where it adapts.
 
     Raises DataError where a column is missing (with the module that makes it), does not have one
     value for each response token, or holds a number that is not finite.
@@ -76,12 +79,17 @@ def ppo_targets(data: Batch, settings: PPOSettings, *, module: str) -> PPOTarget
         behaviour,
         reference,
         counts,
-        kl_coef=settings.kl_coef,
+        kl_coef=settings.kl_coef if kl_coef is None else kl_coef,
         kl_estimator=settings.kl_estimator,
         score_clip=settings.score_clip,
     )
     found = generalized_advantages(
-        rewards, values, counts, gamma=settings.gamma, lambda_=settings.lambda_
+        rewards,
+        values,
+        counts,
+        gamma=settings.gamma,
+        lambda_=settings.lambda_,
+        end_values=_end_values(data, module) if settings.bootstrap_truncated else None,
     )
     mask = torch.repeat_interleave(trained, counts)
     advantages = found.advantages
@@ -108,11 +116,23 @@ def _scores(data: Batch, settings: PPOSettings, module: str) -> tuple[Tensor, Te
     rewards = torch.as_tensor(_column(data, "reward", module)).to(torch.float32)
     if settings.truncation == "keep":
         return rewards, torch.ones(batch_size(data), dtype=torch.bool)
-    reasons = _column(data, "finish_reason", module)
-    truncated = torch.tensor([reason == "length" for reason in reasons], dtype=torch.bool)
     return apply_truncation(
-        rewards, truncated, kind=settings.truncation, penalty=settings.truncation_penalty
+        rewards,
+        _truncated(data, module),
+        kind=settings.truncation,
+        penalty=settings.truncation_penalty,
     )
+
+
+def _end_values(data: Batch, module: str) -> Tensor:  # [B]
+    """What the value model expects after the last token: of what was cut off, else nothing."""
+    last = torch.as_tensor(_column(data, "last_value", module)).to(torch.float32)
+    return torch.where(_truncated(data, module), last, 0.0)
+
+
+def _truncated(data: Batch, module: str) -> Tensor:  # [B] bool
+    reasons = _column(data, "finish_reason", module)
+    return torch.tensor([reason == "length" for reason in reasons], dtype=torch.bool)
 
 
 def _column(data: Batch, name: str, module: str) -> Any:

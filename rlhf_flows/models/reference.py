@@ -1,4 +1,5 @@
-"""`Reference`: the frozen model whose logprobs a KL penalty compares with.
+"""`Reference`: the model whose logprobs a KL penalty compares with. It is frozen, or follows the
+average of the policy's weights (`set_parameter_sync` with an eta).
 
 It computes each prompt once, without gradient, at the temperature of the sampler, so that its
 logprobs and the policy's are of the same distribution where the weights are.
@@ -6,7 +7,10 @@ logprobs and the policy's are of the same distribution where the weights are.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+
+from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.models.causal_lm import DType
@@ -42,6 +46,11 @@ class Reference(CausalLMModule):
     def setup(self) -> None:
         super().setup()
         self.model.requires_grad_(False)
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """As `TorchModule.load_weights`, in any precision."""
+        own = {name: tensor.dtype for name, tensor in self.named_weights()}
+        super().load_weights((name, w.to(own.get(name, w.dtype))) for name, w in weights)
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """The batch with `reference_logprobs`: ragged float32, one per response token."""

@@ -18,6 +18,7 @@ from rlhf_flows.algorithms.preference import preference_loss
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.pairs import as_samples, check_pair_batch, pair_costs
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.reward_model import RewardScorer
@@ -26,7 +27,7 @@ from rlhf_flows.settings import OptimizerSettings, RewardModelSettings
 __all__ = ["RewardTrainer"]
 
 
-class RewardTrainer(RewardScorer):
+class RewardTrainer(CausalLMTrainer, RewardScorer):
     """Trains on batches with prompt_ids, chosen_ids and rejected_ids."""
 
     def __init__(
@@ -42,22 +43,18 @@ class RewardTrainer(RewardScorer):
         chat_template: bool | None = None,
         layout: Layout = "auto",
     ) -> None:
-        """As `CausalLMModule`; `path` may be a causal model, or one with a head of one label."""
+        """As `CausalLMTrainer`; `path` may be a causal model, or one with a head of one label."""
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.settings = settings or RewardModelSettings()
         self.chat_template = chat_template
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     def prepare_batch(self, data: Batch) -> Batch:
         """Adds `pair_weight` [B] of the whole global batch."""
@@ -80,13 +77,8 @@ class RewardTrainer(RewardScorer):
 
         Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
         """
-        self.model.train()
-        self.model.zero_grad()
-        sums = torch.zeros(5, dtype=torch.float64, device=self.context.device)
-        for part in self.backward_all(data, self._loss):
-            sums += part
-        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
-        total, right, margin, chosen, rows = sums.tolist()
+        sums, metrics = self.step_on(data, self._loss, num_sums=5)
+        total, right, margin, chosen, rows = sums
         return {
             "loss": total,
             "accuracy": right / max(rows, 1.0),

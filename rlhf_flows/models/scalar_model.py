@@ -42,6 +42,7 @@ __all__ = [
     "check_scalar_folder",
     "last_scores",
     "load_scalar_model",
+    "one_longer",
     "response_scores",
 ]
 
@@ -155,9 +156,14 @@ def last_scores(
     layout: Layout = "auto",
 ) -> Tensor:  # [B] float32
     """The score of the state at the last token of each response (of the prompt, if it is empty)."""
-    # One token more on each response, so that its real last token is before one; which it is does
-    # not matter, since a pass never reads the last.
-    longer = [torch.cat([r, r.new_zeros(1)]) for r in responses]
+    longer = one_longer(responses)
     scores = response_scores(model, prompts, longer, groups, layout=layout)
     ends = torch.tensor([len(r) for r in longer]).cumsum(0) - 1
     return scores.index_select(0, ends.to(scores.device))
+
+
+def one_longer(responses: Sequence[Tensor]) -> list[Tensor]:  # B of [r] -> B of [r + 1]
+    """Each response with a token more, so that its real last one is before a token. Which it is
+    does not matter: a pass never reads the last.
+    """
+    return [torch.cat([r, r.new_zeros(1)]) for r in responses]

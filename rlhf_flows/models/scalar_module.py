@@ -18,6 +18,7 @@ from rlhf_flows.models.scalar_model import (
     check_scalar_folder,
     last_scores,
     load_scalar_model,
+    one_longer,
     response_scores,
 )
 from rlhf_flows.modules.hf_folder import HFFolder
@@ -63,12 +64,16 @@ class ScalarModule(CausalLMModule):
         responses = [*column(data, "response_ids", self.name)]
         return last_scores(self.model, prompts, responses, groups_of(data), layout=self.layout)
 
-    def all_scores(self, data: Batch) -> list[Tensor]:  # B of [r]
-        """Before each response token of all rows, without gradient, in micro-batches."""
+    def all_scores(self, data: Batch, *, ends: bool = False) -> list[Tensor]:  # B of [r]
+        """Before each response token of all rows, without gradient, in micro-batches; with `ends`
+        [r + 1], as after the last one.
+        """
 
         def score(
             prompts: Sequence[Tensor], responses: Sequence[Tensor], groups: Sequence[int] | None
         ) -> Sequence[Tensor]:
+            if ends:
+                responses = one_longer(responses)
             found = response_scores(self.model, prompts, responses, groups, layout=self.layout)
             return ragged(found.cpu(), [len(r) for r in responses])
 

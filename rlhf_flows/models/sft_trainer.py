@@ -21,14 +21,15 @@ from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.data.prompts import PromptDataset
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType, check_model_folder, load_tokenizer
-from rlhf_flows.models.causal_lm_module import CausalLMModule, column, flat, ragged
+from rlhf_flows.models.causal_lm_module import column, flat, ragged
+from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import OptimizerSettings, SFTSettings
 
 __all__ = ["DemonstrationDataset", "SFTTrainer"]
 
 
-class SFTTrainer(CausalLMModule):
+class SFTTrainer(CausalLMTrainer):
     """Trains on batches with prompt_ids and response_ids."""
 
     def __init__(
@@ -44,22 +45,18 @@ class SFTTrainer(CausalLMModule):
         chat_template: bool | None = None,
         layout: Layout = "auto",
     ) -> None:
-        """As `CausalLMModule`; the schedule and its horizon are in `optimizer`."""
+        """As `CausalLMTrainer`; the schedule and its horizon are in `optimizer`."""
         super().__init__(
             name,
             path=path,
+            optimizer=optimizer,
             dtype=dtype,
             micro_batch_tokens=micro_batch_tokens,
             gradient_checkpointing=gradient_checkpointing,
             layout=layout,
         )
-        self.optimizer_settings = optimizer or OptimizerSettings()
         self.sft = sft or SFTSettings()
         self.chat_template = chat_template
-
-    def setup(self) -> None:
-        super().setup()
-        self.setup_optimizer(self.optimizer_settings)
 
     def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
         """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
@@ -104,13 +101,7 @@ class SFTTrainer(CausalLMModule):
 
         Raises NonFiniteError, weights untouched, where the loss or a gradient is not finite.
         """
-        self.model.train()
-        self.model.zero_grad()
-        sums = torch.zeros(3, dtype=torch.float64, device=self.context.device)
-        for part in self.backward_all(data, self._loss):
-            sums += part
-        sums, metrics = self.optimizer_step(sums, self.optimizer_settings)
-        total, tokens, rows = sums.tolist()
+        (total, tokens, rows), metrics = self.step_on(data, self._loss, num_sums=3)
         return {"loss": total, "tokens": tokens, "rows_trained": rows, **metrics}
 
     def _loss(self, data: Batch) -> tuple[Tensor, Tensor]:

@@ -293,6 +293,10 @@ class BaseModule:
         """The weights under their Hugging Face names, in a fixed order; what a sync sends."""
         raise ConfigError(f"module {self.name!r} ({type(self).__name__}) has no weights to export")
 
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """`named_weights` in the precision that they are trained in; what averages are made of."""
+        return self.named_weights()
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes weights under their Hugging Face names; all of them, or raises."""
         raise ConfigError(f"module {self.name!r} ({type(self).__name__}) cannot load weights")

@@ -8,7 +8,7 @@ training state is safetensors and JSON (modules/torch_state.py), never pickle, e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -61,6 +61,12 @@ class TorchModule(BaseModule):
                 seen.add(id(tensor))
                 yield name, tensor.detach()
 
+    def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The float32 masters in place of the weights that have one."""
+        masters = self.master_weights or {}
+        for name, tensor in self.named_weights():
+            yield name, masters.get(name, tensor).detach()
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights. Raises SyncError, with nothing changed, unless they fit exactly."""
         own = dict(self.named_weights())
@@ -102,13 +108,20 @@ class TorchModule(BaseModule):
 
     # ---- training state -------------------------------------------------------------------
 
+    def training_tensors(self) -> Mapping[str, Tensor]:
+        """What training needs beside weights, optimizer and schedule: the float32 masters.
+
+        A subclass adds tensors of its own; they are saved, and filled in place when it is loaded.
+        """
+        return self.master_weights or {}
+
     def save_state(self, folder: Path) -> None:
-        """Optimizer, schedule, float32 masters and random states; weights are saved elsewhere."""
+        """Optimizer, schedule, training tensors and random states; weights are saved elsewhere."""
         save_training_state(
             folder,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
-            tensors=self.master_weights or {},
+            tensors=self.training_tensors(),
         )
 
     def load_state(self, folder: Path) -> None:
@@ -117,7 +130,7 @@ class TorchModule(BaseModule):
             folder,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
-            tensors=self.master_weights or {},
+            tensors=self.training_tensors(),
         )
 
     # ---- steps ----------------------------------------------------------------------------

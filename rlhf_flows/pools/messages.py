@@ -56,6 +56,8 @@ class PoolSpec:
     num_threads: int = 1
     lease_s: float = 900.0
     store_retry_budget_s: float = 120.0
+    averages: Mapping[str, float] = field(default_factory=dict)
+    """Eta of the moving average of a trained module's weights, by the module that follows it."""
     relay: bytes | None = None
     """The relay function of a trained module, by cloudpickle."""
     log_level: str = "WARNING"
@@ -233,8 +235,22 @@ class CheckpointRecord:
     state: FolderRecord | None
     probe: Probe | None
     seconds: float
+    averages: Mapping[str, CheckpointRecord] = field(default_factory=dict)
+    """Of the weights, by the module that follows each: weights without state or probe."""
+
+    @property
+    def weights_folders(self) -> list[FolderRecord]:
+        """All that a follower may read, the averages' too."""
+        records = (self, *self.averages.values())
+        return [r.weights for r in records if r.weights is not None]
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Of the weights (""), and of each average by its name."""
+        return {"": self.digest, **{name: r.digest for name, r in self.averages.items()}}
 
     def to_json(self) -> dict[str, Any]:
+        averages = {name: record.to_json() for name, record in self.averages.items()}
         return {
             "module": self.module,
             "digest": self.digest,
@@ -242,6 +258,7 @@ class CheckpointRecord:
             "state": None if self.state is None else self.state.to_json(),
             "probe": None if self.probe is None else self.probe.to_json(),
             "seconds": round(self.seconds, 4),
+            **({"averages": averages} if averages else {}),
         }
 
     @classmethod
@@ -254,6 +271,9 @@ class CheckpointRecord:
             state=None if state is None else FolderRecord.from_json(state),
             probe=None if probe is None else Probe.from_json(probe),
             seconds=data["seconds"],
+            averages={
+                name: cls.from_json(entry) for name, entry in data.get("averages", {}).items()
+            },
         )
 
 

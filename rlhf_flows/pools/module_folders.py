@@ -14,6 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.pools.averages import WeightAverages
 from rlhf_flows.pools.digest import digest_weights, dtype_name
 from rlhf_flows.pools.messages import CheckpointRecord, Probe
 from rlhf_flows.store import FolderRecord, ObjectStore, RunLayout, fetch_folder, upload_folder
@@ -27,14 +28,21 @@ class ModuleFolders:
     """The folders of one module of one run."""
 
     def __init__(
-        self, store: ObjectStore, layout: RunLayout, module: BaseModule, *, uploads: bool
+        self,
+        store: ObjectStore,
+        layout: RunLayout,
+        module: BaseModule,
+        averages: WeightAverages,
+        *,
+        uploads: bool,
     ) -> None:
         """
         Args:
+            averages: Of the module's weights: saved and loaded with it.
             uploads: This rank speaks for its replica; the others take part, and keep nothing.
         """
         self._store, self._layout, self._module = store, layout, module
-        self._uploads = uploads
+        self._averages, self._uploads = averages, uploads
 
     def save(self, version: int, *, with_state: bool) -> CheckpointRecord:
         """Under fresh prefixes: nothing is real before a commit names the record.
@@ -57,11 +65,13 @@ class ModuleFolders:
             if with_state:
                 (folder / "state").mkdir()
                 self._module.save_state(folder / "state")
+                self._averages.save(folder / "state")
                 self._module.save_checkpoint(version)
                 about = {"module": name, "version": version, "digest": digest.result()}
                 (folder / "state" / "module.json").write_text(json.dumps(about))
                 prefix = self._layout.checkpoint_prefix(version, f"{name}-{uuid4().hex}")
                 state = beside.submit(self._upload, prefix, folder / "state")
+            averages = {name: self._save_average(name, version, folder) for name in self._averages}
             probe = self._probe()
             return CheckpointRecord(
                 module=name,
@@ -70,7 +80,23 @@ class ModuleFolders:
                 state=None if state is None else state.result(),
                 probe=probe,
                 seconds=time.perf_counter() - started,
+                averages=averages,
             )
+
+    def _save_average(self, follower: str, version: int, folder: Path) -> CheckpointRecord:
+        """`folder` has the export of the weights themselves."""
+        started = time.perf_counter()
+        own = dict(self._module.named_weights())
+        export = self._averages.export(follower, own.items(), folder / "weights")
+        name = f"{self._module.name}-average-{follower}-{uuid4().hex}"
+        return CheckpointRecord(
+            module=follower,
+            digest=digest_weights(self._averages.weights(follower, own.items())),
+            weights=self._upload(self._layout.weights_prefix(version, name), export),
+            state=None,
+            probe=None,
+            seconds=time.perf_counter() - started,
+        )
 
     def _upload(self, prefix: str, folder: Path) -> FolderRecord | None:
         return upload_folder(self._store, prefix, folder) if self._uploads else None
@@ -98,6 +124,7 @@ class ModuleFolders:
             if record.state is not None:
                 fetch_folder(self._store, record.state, folder / "state")
                 self._module.load_state(folder / "state")
+                self._averages.load(folder / "state")
 
 
 def _read_safetensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

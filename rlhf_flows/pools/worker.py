@@ -36,6 +36,7 @@ from rlhf_flows.data import (
 )
 from rlhf_flows.errors import FencedError, PoolError, RlhfFlowsError, SyncError
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.pools.averages import WeightAverages
 from rlhf_flows.pools.datasets import Datasets, build
 from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.episode_training import EpisodeTraining
@@ -87,9 +88,11 @@ class Worker:
         self._begun: int | None = None
         """The episode that the module was told of last."""
         self._episode: EpisodeTraining | None = None
-        self._sent: WeightsSource | None = None
-        self._digest: str | None = None
-        """Of the weights, where it was made since they last changed."""
+        self._sent: dict[str, WeightsSource] = {}
+        self._digests: dict[str, str] = {}
+        """Both of the weights (""), or of the average that a module follows, by its name; where
+        they were made since the weights last changed.
+        """
         self._transport = ObjectStoreTransport()
         self._last_call = time.monotonic()
         self._busy = False
@@ -97,6 +100,7 @@ class Worker:
         self._store: ObjectStore
         self._shards: ShardStore
         self._module: BaseModule
+        self._averages: WeightAverages
         self._folders: ModuleFolders
         threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
@@ -139,9 +143,6 @@ class Worker:
             # A new process knows of no attempt; the store does.
             check_fence(self._store, spec.run, attempt)
             self._module = _unpickled(spec)
-            self._folders = ModuleFolders(
-                self._store, RunLayout(spec.run), self._module, uploads=self._rank == 0
-            )
             torch.set_num_threads(spec.context.num_threads)
             if spec.ranks_per_replica > 1:
                 assert rendezvous is not None
@@ -149,6 +150,16 @@ class Worker:
             self._seed("setup")
             self._module.attach(self._placed(spec.context))
             self._module.setup()
+            # Looked at only where there is an eta: most modules train nothing.
+            weights = self._module.trained_weights() if spec.averages else ()
+            self._averages = WeightAverages(spec.averages, weights)
+            self._folders = ModuleFolders(
+                self._store,
+                RunLayout(spec.run),
+                self._module,
+                self._averages,
+                uploads=self._rank == 0,
+            )
             # What a model loads stays: no collection needs to walk through it again.
             gc.collect()
             gc.freeze()
@@ -345,10 +356,12 @@ class Worker:
                 f" but it is elsewhere: training of the episode starts again"
             )
         self._clean = False
-        self._sent = self._digest = None
+        self._forget_sent()
         metrics = self._episode.step(call, shards)
         if self._episode.is_over:
             self._episode = None
+            if self._spec.averages:
+                self._averages.update(self._module.trained_weights())
         return {**metrics, "seconds": time.perf_counter() - started}
 
     def _shards_of(self, call: TrainCall, tables: Sequence[Any]) -> dict[int, Batch]:
@@ -371,7 +384,7 @@ class Worker:
         """
         with self._working(attempt):
             record = self._folders.save(version, with_state=with_state)
-            self._digest = record.digest
+            self._digests = record.digests
             return record
 
     def committed(self, attempt: int, version: int) -> None:
@@ -385,22 +398,32 @@ class Worker:
             self._folders.load(record)
         return self.state()
 
-    def send_weights(self, attempt: int, version: int, bucket_bytes: int) -> WeightsSource | None:
-        """The weights of `version` as Ray objects; packed once, whoever asks.
+    def send_weights(
+        self, attempt: int, version: int, bucket_bytes: int, average: str = ""
+    ) -> WeightsSource | None:
+        """The weights of `version` as Ray objects, or their average for the module of that name;
+        packed once, whoever asks.
 
         None where training has moved on already; the store has them, too.
         """
         with self._working(attempt):
             if version != self._version or not self._clean:
                 return None
-            if self._sent is None or self._sent.version != version:
-                self._sent = self._transport.send(
-                    self._module.named_weights(),
+            if average not in self._sent or self._sent[average].version != version:
+                self._sent[average] = self._transport.send(
+                    self._weights(average),
                     version=version,
                     bucket_bytes=bucket_bytes,
-                    digest=self._digest,
+                    digest=self._digests.get(average),
                 )
-            return self._sent
+            return self._sent[average]
+
+    def _weights(self, average: str) -> Iterator[tuple[str, torch.Tensor]]:
+        own = self._module.named_weights()
+        return self._averages.weights(average, own) if average else own
+
+    def _forget_sent(self) -> None:
+        self._sent, self._digests = {}, {}
 
     def receive_weights(self, attempt: int, source: WeightsSource, timeout_s: float) -> WorkerState:
         """Loads the weights."""
@@ -412,7 +435,8 @@ class Worker:
     def _loading(self, version: int) -> Iterator[None]:
         """Within it the model is at no version; after it, cleanly at this one."""
         self._version, self._clean = -1, False
-        self._episode = self._sent = self._digest = None
+        self._episode = None
+        self._forget_sent()
         try:
             yield
         except RlhfFlowsError:
@@ -428,10 +452,13 @@ class Worker:
         with self._working(attempt):
             return self._module.probe_logprobs(sequences)
 
-    def weights_digest(self, attempt: int) -> str:
+    def weights_digests(self, attempt: int) -> dict[str, str]:
+        """Of the weights (""), and of their average for each module that follows one."""
         with self._working(attempt):
-            self._digest = self._digest or digest_weights(self._module.named_weights())
-            return self._digest
+            for name in ("", *self._averages):
+                if name not in self._digests:
+                    self._digests[name] = digest_weights(self._weights(name))
+            return dict(self._digests)
 
     def _seed(self, where: str) -> None:
         seed_everything(self._spec.context.seed, self._module.name, self._rank, where)

@@ -31,6 +31,7 @@ def start_victim(
     models: Mapping[str, Any] | None = None,
     slow_s: float = 0.0,
     ends: Iterable[str] = (),
+    reference_ema: float | None = None,
     **runtime: Any,
 ) -> subprocess.Popen[bytes]:
     """Starts a run that dies at the point `die`; what it prints is in `log` with suffix .log.
@@ -50,6 +51,7 @@ def start_victim(
         "address": address,
         "models": dict(models or {}),
         "slow_s": slow_s,
+        "reference_ema": reference_ema,
         "runtime": runtime,
     }
     env = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}

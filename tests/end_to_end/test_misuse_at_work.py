@@ -322,7 +322,7 @@ class Wider(TorchModule):
 
 def test_weights_of_an_unlike_model_change_nothing(tmp_path: Path) -> None:
     policy = worker_of(ToyPolicy("policy"), tmp_path)
-    before = policy.weights_digest(1)
+    before = policy.weights_digests(1)
     wider = worker_of(Wider("wider"), tmp_path)
     refused(
         SyncError,
@@ -332,8 +332,8 @@ def test_weights_of_an_unlike_model_change_nothing(tmp_path: Path) -> None:
         "weight is not in the model",
         "the same model in the same dtype",
     )
-    policy._digest = None
-    assert policy.weights_digest(1) == before
+    policy._digests = {}
+    assert policy.weights_digests(1) == before
 
 
 # ---- what a module is given -------------------------------------------------------------------

@@ -66,7 +66,12 @@ def main(settings: dict[str, Any]) -> None:
     SIGNAL = signal.Signals[settings["signal"]]
     point = settings["die"]
     around_commit(point)
-    engine = toy_engine(log=Path(settings["log"]), slow_s=settings["slow_s"], ends=settings["ends"])
+    engine = toy_engine(
+        log=Path(settings["log"]),
+        slow_s=settings["slow_s"],
+        ends=settings["ends"],
+        reference_ema=settings["reference_ema"],
+    )
     for store, run in settings["first"]:
         learn(toy_engine(), store, run, address=settings["address"], **settings["runtime"])
     learn(

@@ -12,7 +12,7 @@ from rlhf_flows.engine import Engine
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.flow import RunResult
 from rlhf_flows.store import open_store, scan
-from tests.toys import ToyPolicy, ToyReward, ToyTrainer
+from tests.toys import ToyPolicy, ToyReference, ToyReward, ToyTrainer
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -36,13 +36,16 @@ def toy_engine(
     slow_s: float = 0.0,
     ends: Collection[str] = (),
     hangs: Collection[str] = (),
+    reference_ema: float | None = None,
     **trainer: Any,
 ) -> GRPOEngine:
     engine = GRPOEngine(
         ToyPolicy("policy", log=log, slow_s=slow_s, ends=ends),
         ToyTrainer("trainer", **trainer),
         ToyReward("reward", hangs=hangs),
+        None if reference_ema is None else ToyReference("reference"),
         name="toy",
+        reference_ema=reference_ema,
     )
     engine.set_dataset([{"prompt": str(i)} for i in range(rows)])
     if eval_rows:

@@ -261,6 +261,61 @@ def test_a_value_function_learns_the_returns(tiny: Path) -> None:
     assert [len(v) for v in values] == [len(r) for r in data["response_ids"]]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_completions_cut_off_are_followed_by_what_is_expected_there(tiny: Path, kind: Any) -> None:
+    data = samples()
+    data["last_value"] = torch.rand(15, generator=torch.Generator().manual_seed(1)) + 1
+    ppo = {"bootstrap_truncated": True, "kl_coef": 0.1, "gamma": 0.9, "lambda_": 0.8}
+    # A token more, of the value at the end and no reward, says the same to a plain loop; what
+    # goes on after it is told by its own value.
+    longer = {name: list(data[name]) for name in ("response_ids", "values")}
+    rewards = []
+    for i, reason in enumerate(data["finish_reason"]):
+        last = float(data["last_value"][i]) if reason == "length" else 0.0
+        rewards.append(float(data["reward"][i]) + 0.9 * last)
+    expected = targets(
+        {**data, **longer, "reward": torch.tensor(rewards)}, kl_coef=0.1, gamma=0.9, lambda_=0.8
+    )
+    made = trainer(kind, tiny, ppo={**ppo, "whiten_advantages": False})
+    prepared = made.prepare_batch(data)
+    name, of = ("advantages", 0) if kind is PPOPolicyTrainer else ("returns", 1)
+    torch.testing.assert_close(
+        torch.cat(prepared[name]), torch.cat(expected[of]), atol=1e-5, rtol=1e-5
+    )
+    for missing, maker in (
+        ("last_value", "the value model with the same ppo"),
+        ("finish_reason", "the policy"),
+    ):
+        lacking = {k: v for k, v in data.items() if k != missing}
+        with pytest.raises(DataError, match=f"needs the column '{missing}'.*call {maker}"):
+            made.prepare_batch(lacking)
+
+
+@pytest.mark.parametrize("value_norm", ["none", "exp"])
+@pytest.mark.parametrize("layout", ["auto", "padded"])
+def test_the_value_at_the_end_is_that_before_a_token_more(
+    tiny: Path, value_norm: str, layout: Any
+) -> None:
+    ppo = PPOSettings(bootstrap_truncated=True, value_norm=value_norm)
+    made, data = trainer(ValueTrainer, tiny, ppo=ppo.model_dump()), samples()
+    data["last_value"] = torch.zeros(15)
+    train(made, data)
+    value = ValueModel(path=tiny, ppo=ppo, layout=layout, micro_batch_tokens=40)
+    value.setup()
+    value.load_weights(made.named_weights())
+    found = value.forward_step(data)
+    ids = torch.cat([data["prompt_ids"][4], data["response_ids"][4]])[None]
+    scores = made.model.score(made.model.model(ids).last_hidden_state)[0, :, 0].detach()
+    if made.moments is not None:
+        scores = scores * made.moments.std.float() + made.moments.mean.float()
+    expected = scores[len(data["prompt_ids"][4]) - 1 :]
+    torch.testing.assert_close(found["values"][4], expected[:-1], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(found["last_value"][4], expected[-1], atol=1e-5, rtol=1e-5)
+    plain = ValueModel(path=tiny)
+    plain.setup()
+    assert set(plain.forward_step(data)) - set(data) == set()
+
+
 def test_values_that_moved_too_far_are_clipped(tiny: Path) -> None:
     made, data = trainer(ValueTrainer, tiny, ppo={"value_clip": 0.01}), samples()
     data["values"] = made.all_scores(data)

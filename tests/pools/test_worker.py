@@ -216,7 +216,7 @@ def test_a_step_whose_groups_are_all_left_out_trains_nothing_and_counts(
     worker = worker_of(Episodic("trainer"), tmp_path)
     rows = (TrainRows(shard=1, rows=tuple(range(8))),)
     episode_rows = ((), rows) if whole else None
-    before = worker.weights_digest(1)
+    before = worker.weights_digests(1)
     shards = ((1, 1),) if whole else ()
     tables = [episode_table(1)]
     first = train_call(0, 0, rows=(), shards=shards, episode_rows=episode_rows)
@@ -225,7 +225,7 @@ def test_a_step_whose_groups_are_all_left_out_trains_nothing_and_counts(
     assert "loss" not in metrics
     assert worker._module.shown == int(whole)
     worker.train(train_call(0, 1, shards=() if whole else ((1, 1),)), *([] if whole else tables))
-    assert worker.weights_digest(1) != before
+    assert worker.weights_digests(1) != before
     worker.committed(1, 1)
     assert worker.state().clean
 
@@ -380,9 +380,9 @@ def test_restored_training_goes_on_to_the_same_bits(tmp_path: Path) -> None:
 
     resumed = worker_of(ToyTrainer("trainer"), tmp_path)
     resumed.restore(1, record, 1)
-    assert resumed.weights_digest(1) == record.digest
+    assert resumed.weights_digests(1) == record.digests
     train_episode(resumed, 1)
-    assert resumed.weights_digest(1) == straight.weights_digest(1)
+    assert resumed.weights_digests(1) == straight.weights_digests(1)
 
 
 def test_weights_without_training_state_are_not_enough_to_go_on(tmp_path: Path) -> None:
@@ -395,7 +395,7 @@ def test_weights_without_training_state_are_not_enough_to_go_on(tmp_path: Path) 
     bare = worker_of(ToyTrainer("trainer"), tmp_path)
     bare.restore(1, record, 1)
     train_episode(bare, 1)
-    assert bare.weights_digest(1) != straight.weights_digest(1), "Adam's moments matter"
+    assert bare.weights_digests(1) != straight.weights_digests(1), "Adam's moments matter"
 
 
 def test_a_restored_trainer_forgets_the_episode_it_was_in(trainer: Worker) -> None:
@@ -404,7 +404,7 @@ def test_a_restored_trainer_forgets_the_episode_it_was_in(trainer: Worker) -> No
     trainer.committed(1, 1)
     train_episode(trainer, 1, steps=1)
     trainer.restore(1, record, 1)
-    assert trainer.weights_digest(1) == record.digest
+    assert trainer.weights_digests(1) == record.digests
     train_episode(trainer, 1)
 
 
@@ -422,10 +422,10 @@ def test_damaged_weights_are_not_loaded(trainer: Worker, tmp_path: Path) -> None
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    before = trainer.weights_digest(1)
+    before = trainer.weights_digests(1)
     with pytest.raises(Exception, match=r"model\.safetensors"):
         trainer.restore(1, record, 1)
-    assert trainer.weights_digest(1) == before
+    assert trainer.weights_digests(1) == before
     assert not trainer.state().clean
 
 
