@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     )
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
+    from rlhf_flows.models.families import Family, check_family, register_family
     from rlhf_flows.modules import (
         BaseModule,
         DeepSpeedModule,
@@ -43,6 +44,7 @@ __all__ = [
     "EpisodeRelayBuffer",
     "EvalEngine",
     "Evaluator",
+    "Family",
     "GRPOEngine",
     "MegatronModule",
     "OnlineDPOEngine",
@@ -55,7 +57,9 @@ __all__ = [
     "Trainer",
     "VLLMModule",
     "__version__",
+    "check_family",
     "init",
+    "register_family",
 ]
 
 _HOMES = {
@@ -68,6 +72,7 @@ _HOMES = {
     "EpisodeRelayBuffer": "rlhf_flows.data",
     "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
+    "Family": "rlhf_flows.models.families",
     "GRPOEngine": "rlhf_flows.engines",
     "MegatronModule": "rlhf_flows.modules",
     "OnlineDPOEngine": "rlhf_flows.engines",
@@ -79,7 +84,9 @@ _HOMES = {
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
+    "check_family": "rlhf_flows.models.families",
     "init": "rlhf_flows.initialization",
+    "register_family": "rlhf_flows.models.families",
 }
 
 

@@ -292,6 +292,8 @@ class VLLMModule(TorchModule):
         self._folder.check_weights(weights)
         self._broken = "a load of weights failed half-way"
         try:
+            if self._on_cpu:
+                engine.apply_model(_unpack_experts)
             engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         except Exception as e:  # whatever it was, the engine is lost
             raise SyncError(
@@ -346,6 +348,18 @@ def _register_here(vllm: Any, architectures: Sequence[str]) -> None:
         known = vllm.ModelRegistry.models.get(name)
         if known is not None:
             vllm.ModelRegistry.register_model(name, known.load_model_cls())
+
+
+def _unpack_experts(model: torch.nn.Module) -> None:
+    """Has a load of weights pack the matrices of experts, on CPU.
+
+    vLLM packs them when it builds the kernel of their layer, which it does once; a later load would
+    leave them as they come, and the kernel would read nonsense, without an error (vllm 0.32).
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _pack_heads(model: torch.nn.Module) -> None:
