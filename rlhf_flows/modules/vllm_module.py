@@ -24,7 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
+from rlhf_flows.errors import (
+    ConfigError,
+    DataError,
+    ResourcesError,
+    SyncError,
+    TransientError,
+    UserError,
+)
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
 from rlhf_flows.modules.hf_folder import HFFolder
 from rlhf_flows.modules.torch_module import TorchModule
@@ -138,13 +145,22 @@ class VLLMModule(TorchModule):
                 _register_here(vllm, self._folder.config.get("architectures") or [])
             try:
                 self._llm = vllm.LLM(**(arguments | engine_args))
-            except ValueError as e:
-                if "memory" not in str(e):
-                    raise
-                raise ResourcesError(
-                    f"vLLM has too little memory for module {self.name!r}: {e}. Lower"
-                    " max_model_len or max_num_seqs, or set kv_cache_memory_bytes"
-                ) from e
+            except (AssertionError, NotImplementedError, ValueError) as e:
+                raise self._refusal(e) from e
+
+    def _refusal(self, cause: Exception) -> UserError:
+        """What to do about an engine that did not start."""
+        if "memory" in str(cause):
+            return ResourcesError(
+                f"vLLM has too little memory for module {self.name!r}: {cause}. Lower"
+                " max_model_len or max_num_seqs, or set kv_cache_memory_bytes"
+            )
+        # It speaks of what a model needs and it cannot do by assertions, too.
+        return ConfigError(
+            f"vLLM refuses the model in {str(self._folder.path)!r} for module {self.name!r}, or one"
+            f" of its engine arguments ({type(cause).__name__}: {str(cause) or 'without a word'}):"
+            " change the argument, or use TorchPolicy (sampler=transformers)"
+        )
 
     def _prepare_process(self) -> None:
         """What vLLM reads from the environment, once, when it is imported."""
