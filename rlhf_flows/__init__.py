@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     )
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
+    from rlhf_flows.models.families import Family, check_family, register_family
     from rlhf_flows.models.interfaces import register_interface
     from rlhf_flows.modules import (
         BaseModule,
@@ -49,6 +50,7 @@ __all__ = [
     "EpisodeRelayBuffer",
     "EvalEngine",
     "Evaluator",
+    "Family",
     "GRPOEngine",
     "GraphEngine",
     "MegatronModule",
@@ -63,8 +65,10 @@ __all__ = [
     "Trainer",
     "VLLMModule",
     "__version__",
+    "check_family",
     "find_recipe",
     "init",
+    "register_family",
     "register_interface",
     "register_recipe",
 ]
@@ -81,6 +85,7 @@ _HOMES = {
     "EpisodeRelayBuffer": "rlhf_flows.data",
     "EvalEngine": "rlhf_flows.engines",
     "Evaluator": "rlhf_flows.engine",
+    "Family": "rlhf_flows.models.families",
     "GRPOEngine": "rlhf_flows.engines",
     "GraphEngine": "rlhf_flows.calls",
     "MegatronModule": "rlhf_flows.modules",
@@ -94,8 +99,10 @@ _HOMES = {
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
+    "check_family": "rlhf_flows.models.families",
     "find_recipe": "rlhf_flows.deployments",
     "init": "rlhf_flows.initialization",
+    "register_family": "rlhf_flows.models.families",
     "register_interface": "rlhf_flows.models.interfaces",
     "register_recipe": "rlhf_flows.deployments",
 }

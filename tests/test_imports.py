@@ -86,6 +86,7 @@ HEAVY = {"torch", "ray", "vllm", "megatron", "prefect", "transformers", "pyarrow
 def source_files() -> list[Path]:
     """All files of the package, relative to it, those behind the links included."""
     rooms = [PACKAGE, *(path for path in PACKAGE.iterdir() if path.is_dir())]
+    rooms += [path for room in rooms[1:] for path in room.iterdir() if path.is_dir()]
     return sorted(path.relative_to(PACKAGE) for room in rooms for path in room.glob("*.py"))
 
 

@@ -1,8 +1,8 @@
 """Hugging Face folders: a cheap look at one (no weights read), and loading it.
 
-The decision here: only architectures whose logprobs and gradients were tested against plain
-`transformers` in the shared-prefix layout are taken; what a model of another kind would compute
-there is not known, so it is refused by name before anything starts.
+The decision here: only models of a known family are taken, one whose logprobs and gradients were
+tested against plain `transformers` in its layouts, or that a program registered; what a model of
+another kind would compute is not known, so it is refused by name before anything starts.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_flows.errors import ConfigError
+from rlhf_flows.models.families import Family, family_of
 from rlhf_flows.modules.hf_folder import HFFolder
 
 __all__ = [
-    "SUPPORTED_ARCHITECTURES",
     "DType",
     "architecture_of",
+    "attention_of",
     "check_is_whole",
     "check_model_folder",
     "load_causal_lm",
@@ -26,26 +27,19 @@ __all__ = [
 
 DType = Literal["float32", "bfloat16"]
 
-SUPPORTED_ARCHITECTURES = (
-    "GemmaForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
-
 
 def check_model_folder(path: str | Path) -> HFFolder:
     """What the folder says of its model, if it is one that can be trained here.
 
-    Raises ConfigError that says what is missing, or which architectures are supported.
+    Raises ConfigError that says what is missing, or which families are known.
     """
     folder = HFFolder(path)
     architecture = architecture_of(folder)
-    if architecture not in SUPPORTED_ARCHITECTURES:
+    family = family_of(architecture, where=f"the model in {str(path)!r}")
+    if architecture != family.causal:
         raise ConfigError(
-            f"the model in {str(path)!r} is a {architecture}, expected one of"
-            f" {', '.join(SUPPORTED_ARCHITECTURES)}"
+            f"the model in {str(path)!r} is a {architecture}, which has no language-model head:"
+            f" expected a {family.causal}"
         )
     check_is_whole(folder)
     return folder
@@ -82,15 +76,13 @@ def load_causal_lm(
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
-    from rlhf_flows.models.shared_prefix import ATTENTION
-
-    check_model_folder(path)
+    folder = check_model_folder(path)
     logging.disable_progress_bar()
     try:
         model = AutoModelForCausalLM.from_pretrained(
             Path(path).expanduser(),
             dtype=getattr(torch, dtype),
-            attn_implementation=ATTENTION,
+            attn_implementation=attention_of(family_of(architecture_of(folder))),
             local_files_only=True,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as cause:
@@ -98,12 +90,19 @@ def load_causal_lm(
     return made_ready(model, device=device, gradient_checkpointing=gradient_checkpointing)
 
 
+def attention_of(family: Family) -> str | None:
+    """The attention implementation to load a model of this family with; None is its own."""
+    from rlhf_flows.models.shared_prefix import ATTENTION
+
+    return ATTENTION if family.shared_prefix else None
+
+
 def made_ready(model: Any, *, device: str, gradient_checkpointing: bool) -> Any:
     """A loaded model as the passes of this package want it: without dropout, its layers fused."""
     from rlhf_flows.models.fused_layers import fuse_layers
 
     for module in model.modules():
-        for dropout in ("p", "attention_dropout"):
+        for dropout in ("p", "attention_dropout", "jitter_noise"):
             if isinstance(getattr(module, dropout, None), float):
                 setattr(module, dropout, 0.0)
     fuse_layers(model)

@@ -17,6 +17,7 @@ from rlhf_flows.data.batch import Batch
 from rlhf_flows.data.packing import cut_by_tokens
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.models.causal_lm import DType, check_model_folder, load_causal_lm, load_tokenizer
+from rlhf_flows.models.families import FamilyCarrier, conversion_of
 from rlhf_flows.models.lanes import Lanes
 from rlhf_flows.models.logprob_head import ScoredTokens
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, siblings_of
@@ -29,7 +30,7 @@ Scorer = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int] | None], Se
 """(prompts, responses, groups) of a micro-batch to one tensor for each row, on the CPU."""
 
 
-class CausalLMModule(TorchModule):
+class CausalLMModule(FamilyCarrier, TorchModule):
     """Base of what scores, and of all trainers (`CausalLMTrainer`); a subclass may load a model of
     another head.
     """
@@ -97,6 +98,7 @@ class CausalLMModule(TorchModule):
     def setup(self) -> None:
         self.tokenizer = load_tokenizer(self.path)
         self.model = self.load_model()
+        self.conversion = conversion_of(self.model)
         self.lanes = Lanes(
             self.model, num_threads=self.context.num_threads, device=self.context.device
         )

@@ -210,7 +210,7 @@ def fuse_layers(model: nn.Module) -> None:
     modules: Any = model.modules()
     for module in modules:
         kind = type(module).__name__
-        if kind in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"):
+        if kind in _NORMS:
             forward = partial(_norm_forward, eps=module.variance_epsilon, offset=0.0)
             module.forward = MethodType(forward, module)
         elif kind == "GemmaRMSNorm":
@@ -221,10 +221,14 @@ def fuse_layers(model: nn.Module) -> None:
             module.forward = MethodType(_mlp_forward, module)
 
 
+_NORMS = ("LlamaRMSNorm", "MistralRMSNorm", "MixtralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm")
+
+
 _ATTENTIONS = (
     "GemmaAttention",
     "LlamaAttention",
     "MistralAttention",
+    "MixtralAttention",
     "Qwen2Attention",
     "Qwen3Attention",
 )

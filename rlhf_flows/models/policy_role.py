@@ -20,7 +20,7 @@ from rlhf_flows.data.prompts import PromptDataset
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.generation import Completion, GenerationSettings, cut_at_stop
 from rlhf_flows.models.causal_lm import check_model_folder, load_tokenizer
-from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.models.families import FamilyCarrier
 from rlhf_flows.modules.hf_folder import HFFolder
 
 __all__ = ["DTYPES", "GeneratingPolicy"]
@@ -28,7 +28,7 @@ __all__ = ["DTYPES", "GeneratingPolicy"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class GeneratingPolicy(BaseModule):
+class GeneratingPolicy(FamilyCarrier):
     """A policy that completes prompts; a sampler's class gives it `generate` and `setup`."""
 
     generates: ClassVar[bool] = True

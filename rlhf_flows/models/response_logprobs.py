@@ -12,6 +12,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_flows.errors import ConfigError, DataError
+from rlhf_flows.models.families import family_of
 from rlhf_flows.models.logprob_head import ScoredTokens, selected_logprobs
 from rlhf_flows.models.shared_prefix import SharedPrefixLayout, build_layout
 
@@ -85,11 +87,32 @@ def padded_logprobs(
 def chosen_layout(
     model: Any, prompts: Sequence[Tensor], responses: Sequence[Tensor], layout: Layout
 ) -> Layout:
-    """What "auto" means for this batch."""
-    if layout != "auto":
-        return layout
+    """What "auto" means for this batch, and whether the layout that was asked for can take it.
+
+    Raises:
+        ConfigError: the shared-prefix layout was asked for, and would not be exact.
+        DataError: a text is longer than the model's table of positions.
+    """
+    family = family_of(type(model).__name__)
     longest = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
-    return "padded" if longest > window_of(model.config) else "shared_prefix"
+    # The last token of a text predicts nothing, so it has no place.
+    if family.learned_positions and longest - 1 > model.config.max_position_embeddings:
+        raise DataError(
+            f"a text has {longest} tokens, prompt and response together, and this"
+            f" {type(model).__name__} has {model.config.max_position_embeddings} positions: leave"
+            " longer texts out, or lower max_new_tokens"
+        )
+    window = window_of(model.config)
+    if family.shared_prefix and longest <= window:
+        return "shared_prefix" if layout == "auto" else layout
+    if layout == "shared_prefix":
+        why = (
+            f"a text of {longest} tokens is longer than the model's sliding window of {window:g}"
+            if family.shared_prefix
+            else f"models of the family {family.name!r} are not exact there"
+        )
+        raise ConfigError(f"the layout 'shared_prefix' was asked for, but {why}: use 'auto'")
+    return "padded"
 
 
 def shared_prefix_hidden(

@@ -22,19 +22,19 @@ from transformers.utils import logging
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.models.causal_lm import (
-    SUPPORTED_ARCHITECTURES,
     DType,
     architecture_of,
+    attention_of,
     check_is_whole,
     made_ready,
 )
+from rlhf_flows.models.families import family_of
 from rlhf_flows.models.response_logprobs import (
     Layout,
     chosen_layout,
     padded_hidden,
     shared_prefix_hidden,
 )
-from rlhf_flows.models.shared_prefix import ATTENTION
 from rlhf_flows.modules.hf_folder import HFFolder
 
 __all__ = [
@@ -47,25 +47,24 @@ __all__ = [
 ]
 
 HeadInit = Literal["zero", "small"]
-_CAUSAL, _SCALAR = "ForCausalLM", "ForSequenceClassification"
 _HEAD = "score.weight"
 
 
 def check_scalar_folder(path: str | Path) -> HFFolder:
     """What the folder says of its model: a causal one, or one with a head of one label.
 
-    Raises ConfigError that says what is missing, or which architectures are supported.
+    Raises ConfigError that says what is missing, or which families are known.
     """
     folder = HFFolder(path)
     name = architecture_of(folder)
-    if name.replace(_SCALAR, _CAUSAL) not in SUPPORTED_ARCHITECTURES:
-        causal = ", ".join(SUPPORTED_ARCHITECTURES)
+    family = family_of(name, where=f"the model in {str(path)!r}")
+    if family.scalar is None:
         raise ConfigError(
-            f"the model in {str(path)!r} is a {name}, expected one of {causal},"
-            f" {causal.replace(_CAUSAL, _SCALAR)}"
+            f"the model in {str(path)!r} is of the family {family.name!r}, which names no class"
+            " with a scalar head: values and rewards take a model of another family"
         )
     labels = folder.config.get("num_labels") or len(folder.config.get("id2label") or {0: "", 1: ""})
-    if name.endswith(_SCALAR) and labels != 1:
+    if name == family.scalar and labels != 1:
         raise ConfigError(
             f"the model in {str(path)!r} has {labels} labels, expected 1: a value or a reward is"
             " one number; train it from a model with one label, or from a causal model"
@@ -91,7 +90,7 @@ def load_scalar_model(
 
     Raises ConfigError where the folder does not hold what it says.
     """
-    check_scalar_folder(path)
+    folder = check_scalar_folder(path)
     logging.disable_progress_bar()
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would warn of the head, which is looked at below
@@ -100,7 +99,7 @@ def load_scalar_model(
             Path(path).expanduser(),
             num_labels=1,
             dtype=getattr(torch, dtype),
-            attn_implementation=ATTENTION,
+            attn_implementation=attention_of(family_of(architecture_of(folder))),
             local_files_only=True,
             output_loading_info=True,
         )

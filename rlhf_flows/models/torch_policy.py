@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
 from rlhf_flows.models.causal_lm import load_causal_lm
+from rlhf_flows.models.families import conversion_of, family_of
 from rlhf_flows.models.policy_role import GeneratingPolicy
 from rlhf_flows.models.sampling import draw, processed_logprobs, row_uniforms
 from rlhf_flows.modules.hf_folder import HFFolder
@@ -35,8 +36,10 @@ class TorchPolicy(GeneratingPolicy, TorchModule):
     def setup(self) -> None:
         dtype: Any = HFFolder(self.path).dtype if self.dtype == "auto" else self.dtype
         self.model = load_causal_lm(self.path, dtype=dtype, device=self.context.device)
-        # Padded prompts and a growing cache are nothing for the trainer's own attention.
-        self.model.set_attn_implementation("sdpa")
+        self.conversion = conversion_of(self.model)
+        if family_of(type(self.model).__name__).shared_prefix:
+            # Padded prompts and a growing cache are nothing for the trainer's own attention.
+            self.model.set_attn_implementation("sdpa")
         self.model.eval()
         self._ends = self.end_token_ids
 

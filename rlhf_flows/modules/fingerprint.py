@@ -42,9 +42,7 @@ def _lines(value: Any, depth: int, seen: set[int]) -> Iterator[str]:
     elif isinstance(value, types.MethodType):
         yield from _lines(value.__func__, depth - 1, seen)
     elif isinstance(value, Mapping):
-        for key in sorted(value, key=repr):
-            yield f"key:{key!r}"
-            yield from _lines(value[key], depth - 1, seen)
+        yield from _items(value, depth, seen)
     elif isinstance(value, list | tuple):
         yield f"{type(value).__name__}:{len(value)}"
         for item in value:
@@ -64,9 +62,16 @@ def _lines(value: Any, depth: int, seen: set[int]) -> Iterator[str]:
             for ancestor in type(value).__mro__[:-1]:
                 yield from _lines(ancestor, depth - 1, seen)
         state = {k: v for k, v in vars(value).items() if k != "_context"}
-        yield from _lines(state, depth - 1, seen)
+        # Not as a value: `seen` holds ids, and that of a dict which ends here comes again.
+        yield from _items(state, depth, seen)
     else:
         yield f"{type(value).__qualname__}:{value!r}" if " at 0x" not in repr(value) else "object"
+
+
+def _items(values: Mapping[Any, Any], depth: int, seen: set[int]) -> Iterator[str]:
+    for key in sorted(values, key=repr):
+        yield f"key:{key!r}"
+        yield from _lines(values[key], depth - 1, seen)
 
 
 def _function_of(member: Any) -> Any:

@@ -24,6 +24,14 @@ __all__ = ["HFFolder"]
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
+_OTHER_NAMES = {
+    "max_position_embeddings": "n_positions",
+    "hidden_size": "n_embd",
+    "num_attention_heads": "n_head",
+    "num_hidden_layers": "n_layer",
+}
+"""What GPT-2 and its kin call the fields of their configuration."""
+
 
 class HFFolder:
     """A local folder with `config.json` and safetensors weights.
@@ -61,6 +69,15 @@ class HFFolder:
         # Models with more than text keep the language model's fields one level down.
         return self.config.get("text_config") or self.config
 
+    def _field(self, name: str, default: int | None = None) -> int:
+        c = self._text_config
+        value = c.get(name, c.get(_OTHER_NAMES.get(name, name), default))
+        if value is None:
+            raise ConfigError(
+                f"config.json in {str(self.path)!r} says nothing of {name!r}: save the model again"
+            )
+        return int(value)
+
     @property
     def dtype(self) -> str:
         """The precision the weights are kept in: `float32`, `bfloat16` or `float16`."""
@@ -70,12 +87,12 @@ class HFFolder:
     @property
     def max_positions(self) -> int:
         """Most tokens, prompt and completion together, that the model takes."""
-        return int(self._text_config.get("max_position_embeddings", 2048))
+        return self._field("max_position_embeddings", 2048)
 
     @property
     def vocabulary_size(self) -> int:
         """Rows of the embedding: one more than the largest token id."""
-        return int(self._text_config["vocab_size"])
+        return self._field("vocab_size")
 
     @cached_property
     def end_token_ids(self) -> frozenset[int]:
@@ -88,15 +105,14 @@ class HFFolder:
 
     @property
     def head_width(self) -> int:
-        c = self._text_config
-        return int(c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"])
+        own = self._text_config.get("head_dim")
+        return int(own or self._field("hidden_size") // self._field("num_attention_heads"))
 
     def cache_bytes_per_token(self, dtype: str) -> int:
         """Bytes of keys and values that one token keeps in all layers."""
-        c = self._text_config
-        heads = int(c.get("num_key_value_heads") or c["num_attention_heads"])
-        layers = int(c["num_hidden_layers"])
-        return 2 * layers * heads * self.head_width * DTYPE_BYTES.get(dtype, 4)
+        heads = self._text_config.get("num_key_value_heads") or self._field("num_attention_heads")
+        layers = self._field("num_hidden_layers")
+        return 2 * layers * int(heads) * self.head_width * DTYPE_BYTES.get(dtype, 4)
 
     @cached_property
     def _weight_files(self) -> tuple[Path, ...]:
@@ -104,17 +120,30 @@ class HFFolder:
 
     @cached_property
     def weight_shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Name and shape of every weight, as in the files; without what is derived or tied."""
+        """Name and shape of every weight, as the model's class writes them; without what is derived
+        or tied.
+        """
         shapes: dict[str, tuple[int, ...]] = {}
         for file in self._weight_files:
             with safe_open(file, framework="pt") as weights:
                 names = [n for n in weights.keys() if not self._is_derived(n)]  # noqa: SIM118
-                shapes |= {n: tuple(weights.get_slice(n).get_shape()) for n in names}
+                shapes |= {self._name(n): tuple(weights.get_slice(n).get_shape()) for n in names}
         return shapes
 
     def _is_derived(self, name: str) -> bool:
         tied = bool(self.config.get("tie_word_embeddings"))
+        if self._is_gpt2 and name.endswith((".attn.bias", ".attn.masked_bias")):
+            return True  # masks, in files of long ago
         return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+
+    def _name(self, name: str) -> str:
+        """The published files of GPT-2 are of the model without its head, whose names are bare."""
+        bare = self._is_gpt2 and not name.startswith(("transformer.", "lm_head.", "score."))
+        return f"transformer.{name}" if bare else name
+
+    @property
+    def _is_gpt2(self) -> bool:
+        return self.config.get("model_type") == "gpt2"
 
     def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Raises SyncError unless these are all of this model's weights, with their shapes."""

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlhf_flows.errors import ConfigError, NonFiniteError, SyncError
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.modules.conversion import Conversion
 from rlhf_flows.modules.torch_state import load_training_state, save_training_state
 
 __all__ = ["TorchModule"]
@@ -37,6 +38,9 @@ class TorchModule(BaseModule):
     tokenizer: Any = None
     master_weights: dict[str, Tensor] | None = None
     """Float32 copies that the optimizer steps, by parameter name; part of the training state."""
+    conversion: Conversion | None = None
+    """Between the model's parameters and its checkpoint's, where they differ: weights come and go
+    by the checkpoint's names and shapes."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Of the model."""
@@ -53,13 +57,11 @@ class TorchModule(BaseModule):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Parameters and persistent buffers in the model's order; tied ones under their first name.
 
-        The tensors are the model's own, detached: copy what must outlive the next step.
+        Names and shapes are those of a checkpoint. The tensors are the model's own, detached: copy
+        what must outlive the next step.
         """
-        seen: set[int] = set()
-        for name, tensor in self._model().state_dict(keep_vars=True).items():
-            if id(tensor) not in seen:
-                seen.add(id(tensor))
-                yield name, tensor.detach()
+        for name, tensor in self._running_weights():
+            yield from self._parts(name, tensor)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 masters in place of the weights that have one."""
@@ -90,10 +92,24 @@ class TorchModule(BaseModule):
                 " changed: send the weights of the same model in the same dtype"
             )
         with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(given[name])
+            for name, tensor in self._running_weights():
+                self._fill(name, tensor, given)
             for name, master in (self.master_weights or {}).items():
-                master.copy_(given[name])
+                self._fill(name, master, given)
+
+    def _running_weights(self) -> Iterator[tuple[str, Tensor]]:
+        seen: set[int] = set()
+        for name, tensor in self._model().state_dict(keep_vars=True).items():
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield name, tensor.detach()
+
+    def _parts(self, name: str, tensor: Tensor) -> Sequence[tuple[str, Tensor]]:
+        return [(name, tensor)] if self.conversion is None else self.conversion.split(name, tensor)
+
+    def _fill(self, name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> None:
+        parts = [given[part] for part, _ in self._parts(name, tensor)]
+        tensor.copy_(parts[0] if self.conversion is None else self.conversion.merge(name, parts))
 
     def save_pretrained(self, folder: Path) -> None:
         """The Hugging Face folder where the model is one of theirs, else model.safetensors."""

@@ -24,7 +24,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from rlhf_flows.errors import ConfigError, DataError, ResourcesError, SyncError, TransientError
+from rlhf_flows.errors import (
+    ConfigError,
+    DataError,
+    ResourcesError,
+    SyncError,
+    TransientError,
+    UserError,
+)
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
 from rlhf_flows.modules.hf_folder import HFFolder
 from rlhf_flows.modules.torch_module import TorchModule
@@ -138,13 +145,22 @@ class VLLMModule(TorchModule):
                 _register_here(vllm, self._folder.config.get("architectures") or [])
             try:
                 self._llm = vllm.LLM(**(arguments | engine_args))
-            except ValueError as e:
-                if "memory" not in str(e):
-                    raise
-                raise ResourcesError(
-                    f"vLLM has too little memory for module {self.name!r}: {e}. Lower"
-                    " max_model_len or max_num_seqs, or set kv_cache_memory_bytes"
-                ) from e
+            except (AssertionError, NotImplementedError, ValueError) as e:
+                raise self._refusal(e) from e
+
+    def _refusal(self, cause: Exception) -> UserError:
+        """What to do about an engine that did not start."""
+        if "memory" in str(cause):
+            return ResourcesError(
+                f"vLLM has too little memory for module {self.name!r}: {cause}. Lower"
+                " max_model_len or max_num_seqs, or set kv_cache_memory_bytes"
+            )
+        # It speaks of what a model needs and it cannot do by assertions, too.
+        return ConfigError(
+            f"vLLM refuses the model in {str(self._folder.path)!r} for module {self.name!r}, or one"
+            f" of its engine arguments ({type(cause).__name__}: {str(cause) or 'without a word'}):"
+            " change the argument, or use TorchPolicy (sampler=transformers)"
+        )
 
     def _prepare_process(self) -> None:
         """What vLLM reads from the environment, once, when it is imported."""
@@ -292,6 +308,8 @@ class VLLMModule(TorchModule):
         self._folder.check_weights(weights)
         self._broken = "a load of weights failed half-way"
         try:
+            if self._on_cpu:
+                engine.apply_model(_unpack_experts)
             engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
         except Exception as e:  # whatever it was, the engine is lost
             raise SyncError(
@@ -346,6 +364,18 @@ def _register_here(vllm: Any, architectures: Sequence[str]) -> None:
         known = vllm.ModelRegistry.models.get(name)
         if known is not None:
             vllm.ModelRegistry.register_model(name, known.load_model_cls())
+
+
+def _unpack_experts(model: torch.nn.Module) -> None:
+    """Has a load of weights pack the matrices of experts, on CPU.
+
+    vLLM packs them when it builds the kernel of their layer, which it does once; a later load would
+    leave them as they come, and the kernel would read nonsense, without an error (vllm 0.32).
+    """
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if getattr(method, "moe_kernel", None) is not None:
+            method.moe_kernel = None
 
 
 def _pack_heads(model: torch.nn.Module) -> None:

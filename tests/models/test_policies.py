@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import pickle
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
-from functools import partial
-from multiprocessing.connection import Listener
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +16,8 @@ from rlhf_flows.models.samplers import policy_class
 from rlhf_flows.models.sampling import processed_logprobs
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.models.vllm_policy import VLLMPolicy
+from tests.models.remote_policy import RemotePolicy
 
-SERVER = Path(__file__).with_name("policy_server.py")
 SAMPLERS = ["transformers", *(["vllm"] if VLLMPolicy.available() else [])]
 MAX_MODEL_LEN = 64
 
@@ -73,46 +67,6 @@ def shaken() -> Callable[[Any], Any]:
     return change
 
 
-class RemotePolicy:
-    """A policy in another process; its methods, by name."""
-
-    def __init__(self, folder: Path, socket: Path, sampler: str) -> None:
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(sys.path),
-        }
-        with Listener(str(socket)) as listener:
-            self._process = subprocess.Popen(
-                [sys.executable, "-W", "error", str(SERVER), str(socket)], env=environment
-            )
-            self._connection = listener.accept()
-        arguments = {
-            "path": folder,
-            "dtype": "float32",
-            "max_model_len": MAX_MODEL_LEN,
-            "generation": GenerationSettings(max_new_tokens=8, temperature=0.7, top_p=0.9),
-            "eval_generation": GenerationSettings(max_new_tokens=4, temperature=0.0),
-        }
-        self._call("start", policy_class(sampler), arguments)  # type: ignore[arg-type]
-
-    def __getattr__(self, method: str) -> Callable[..., Any]:
-        return partial(self._call, method)
-
-    def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        # Plain pickles: torch would hand over tensors through descriptors of its own.
-        self._connection.send_bytes(pickle.dumps((method, args, kwargs)))
-        answer = pickle.loads(self._connection.recv_bytes())
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def close(self) -> None:
-        self._connection.send_bytes(pickle.dumps(None))
-        self._process.wait(timeout=60)
-        self._connection.close()
-
-
 @pytest.fixture(scope="session", params=SAMPLERS)
 def started(
     request: pytest.FixtureRequest,
@@ -120,7 +74,15 @@ def started(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[RemotePolicy]:
     socket = tmp_path_factory.mktemp("socket") / "policy"
-    remote = RemotePolicy(model_folder, socket, request.param)
+    remote = RemotePolicy(socket)
+    remote.start(
+        policy_class(request.param),
+        path=model_folder,
+        dtype="float32",
+        max_model_len=MAX_MODEL_LEN,
+        generation=GenerationSettings(max_new_tokens=8, temperature=0.7, top_p=0.9),
+        eval_generation=GenerationSettings(max_new_tokens=4, temperature=0.0),
+    )
     yield remote
     remote.close()
 

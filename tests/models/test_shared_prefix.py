@@ -8,10 +8,14 @@ from torch import Tensor
 from transformers import (
     GemmaConfig,
     GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
@@ -19,8 +23,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.models import cpu_attention
-from rlhf_flows.models.causal_lm import SUPPORTED_ARCHITECTURES
+from rlhf_flows.models.families import known_families, registered_families
 from rlhf_flows.models.fused_layers import fuse_layers
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, window_of
 from rlhf_flows.models.shared_prefix import ATTENTION
@@ -46,6 +51,8 @@ MODELS = {
     "Qwen3ForCausalLM": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE)),
     "MistralForCausalLM": lambda: MistralForCausalLM(MistralConfig(sliding_window=64, **SHAPE)),
     "GemmaForCausalLM": lambda: GemmaForCausalLM(GemmaConfig(**SHAPE)),
+    "GPT2LMHeadModel": lambda: GPT2LMHeadModel(GPT2Config(**SHAPE)),
+    "MixtralForCausalLM": lambda: MixtralForCausalLM(MixtralConfig(num_local_experts=4, **SHAPE)),
 }
 
 
@@ -53,7 +60,7 @@ def make(architecture: str) -> PreTrainedModel:
     torch.manual_seed(0)
     model = MODELS[architecture]()
     model.set_attn_implementation(ATTENTION)
-    return model
+    return model.eval()
 
 
 def ragged_samples() -> tuple[list[Tensor], list[Tensor], list[int]]:
@@ -99,8 +106,10 @@ def gradients(model: PreTrainedModel, logprobs: Tensor) -> dict[str, Tensor]:
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_every_supported_architecture_is_tested_here() -> None:
-    assert set(MODELS) == set(SUPPORTED_ARCHITECTURES)
+def test_every_family_is_tested_here() -> None:
+    # A program's own, registered by another test, are its own affair.
+    own = {f.causal for f in known_families() if f.name not in registered_families()}
+    assert own == set(MODELS)
 
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
@@ -207,8 +216,17 @@ def test_sequences_beyond_a_sliding_window_are_computed_with_the_window() -> Non
         atol=1e-5,
         rtol=1e-5,
     )
-    unwindowed = response_logprobs(model, prompts, responses, groups, layout="shared_prefix")
-    assert not torch.allclose(unwindowed.logprobs, expected, atol=1e-3)
+    with pytest.raises(ConfigError, match=r"11 tokens is longer than.*sliding window of 4"):
+        response_logprobs(model, prompts, responses, groups, layout="shared_prefix")
+
+
+def test_a_text_longer_than_the_table_of_positions_is_refused() -> None:
+    model = make("GPT2LMHeadModel")
+    last = torch.zeros(129 - 5, dtype=torch.int64)
+    fits = response_logprobs(model, [torch.arange(5)], [last]).logprobs
+    assert bool(fits.isfinite().all())
+    with pytest.raises(DataError, match=r"130 tokens.*128 positions"):
+        response_logprobs(model, [torch.arange(6)], [last])
 
 
 def test_gradient_checkpointing_changes_nothing() -> None:
