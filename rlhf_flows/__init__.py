@@ -10,7 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
+    from rlhf_flows.data import (
+        EpisodeRelayBuffer,
+        RelaySampleManager,
+        StreamDataset,
+        register_dataset,
+    )
     from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
     from rlhf_flows.engines import (
         DPOEngine,
@@ -56,6 +61,7 @@ __all__ = [
     "VLLMModule",
     "__version__",
     "init",
+    "register_dataset",
 ]
 
 _HOMES = {
@@ -80,6 +86,7 @@ _HOMES = {
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
     "init": "rlhf_flows.initialization",
+    "register_dataset": "rlhf_flows.data.dataset_kinds",
 }
 
 

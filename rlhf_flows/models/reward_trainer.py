@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from rlhf_flows.algorithms.preference import preference_loss
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType
+from rlhf_flows.models.dataset_role import DatasetType
 from rlhf_flows.models.pairs import as_samples, check_pair_batch, pair_costs
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.reward_model import RewardScorer
@@ -41,8 +43,13 @@ class RewardTrainer(RewardScorer):
         gradient_checkpointing: bool = False,
         chat_template: bool | None = None,
         layout: Layout = "auto",
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """As `CausalLMModule`; `path` may be a causal model, or one with a head of one label."""
+        """As `CausalLMModule`; `path` may be a causal model, or one with a head of one label.
+
+        `dataset` and `dataset_args` are as in `RewardModel`.
+        """
         super().__init__(
             name,
             path=path,
@@ -54,6 +61,7 @@ class RewardTrainer(RewardScorer):
         self.optimizer_settings = optimizer or OptimizerSettings()
         self.settings = settings or RewardModelSettings()
         self.chat_template = chat_template
+        self.choose_dataset(dataset, dataset_args)
 
     def setup(self) -> None:
         super().setup()
