@@ -159,19 +159,17 @@ class PreferenceDataset(Dataset[dict[str, Any]]):
                 raise DataError(f"the {name} completion of {self._name(index)} has no tokens")
             if total > self._max_tokens:
                 raise DataError(
-                    f"{self._name(index)} has {total} tokens, prompt and {name} completion together, the"
-                    f" limit is {self._max_tokens}: shorten it, or raise max_tokens if the model"
-                    " takes more"
+                    f"{self._name(index)} has {total} tokens, prompt and {name} completion"
+                    f" together, the limit is {self._max_tokens}: shorten it, or allow more where"
+                    " the model takes more (max_tokens)"
                 )
             item[f"{name}_ids"] = ids
         return item
 
     def _name(self, index: int) -> str:
         """ "pair 3", with where it stands in a file."""
-        rows = self._pairs.rows
-        return f"pair {index}" + (
-            f" ({self._pairs.where(index)})" if hasattr(rows, "where") else ""
-        )
+        in_file = hasattr(self._pairs.rows, "where")
+        return f"pair {index} ({self._pairs.where(index)})" if in_file else f"pair {index}"
 
     def _check_pair(self, row: Mapping[str, Any], index: int) -> None:
         for name in ("chosen", "rejected"):

@@ -59,8 +59,8 @@ class PromptDataset(Dataset[dict[str, Any]]):
         chat_template: bool | None = None,
         reserved: Collection[str] = GENERATED_COLUMNS,
     ) -> None:
-        """`max_tokens`: most of a prompt. `chat_template`: see `prompt_text`. `reserved`: names that
-        rows may not use, because the run writes columns of that name; () where nothing is
+        """`max_tokens`: most of a prompt. `chat_template`: see `prompt_text`. `reserved`: names
+        that rows may not use, because the run writes columns of that name; () where nothing is
         generated, as in supervised training.
 
         Raises DataError for no rows, a reserved name, or a column of two types.

@@ -90,8 +90,9 @@ class ColumnTypes:
         """The row with all columns, None where it lacks one, and ints as floats where due."""
         found = {name: row.get(name) for name in self.names}
         for name in self.floats:
-            if type(found[name]) is int:
-                found[name] = float(found[name])
+            value = found[name]
+            if type(value) is int:
+                found[name] = float(value)
         return found
 
     def _learn(self, row: Mapping[str, Any], number: int) -> tuple[str, ...]:

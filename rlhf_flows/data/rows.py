@@ -130,7 +130,7 @@ def check_prompt(row: Mapping[str, Any], *, where: str) -> str | list[dict[str, 
 
 
 def near_name(wanted: Sequence[str], has: Iterable[str]) -> str:
-    """ ": did you mean 'answer' where it says 'awnser'?", if some name is near one that is wanted."""
+    """ ": did you mean 'answer' where it says 'awnser'?", if a name is near one that is wanted."""
     others = [name for name in has if name not in wanted]
     for name in wanted:
         if near := get_close_matches(name, others, n=1):

@@ -51,10 +51,10 @@ class MakesDataset(BaseModule):
     ) -> None:
         """Called by the constructor. Raises ConfigError for a class that cannot be made."""
         chosen = _chosen(self.dataset_kind if dataset is None else dataset, args)
-        self._datasets = (
-            chosen,
-            chosen if eval_dataset is None else _chosen(eval_dataset, eval_args),
-        )
+        held_out = chosen
+        if eval_dataset is not None or eval_args:
+            held_out = _chosen(chosen[0] if eval_dataset is None else eval_dataset, eval_args)
+        self._datasets = (chosen, held_out)
 
     # ---- what a subclass says -----------------------------------------------------------------
 

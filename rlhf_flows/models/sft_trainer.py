@@ -49,8 +49,8 @@ class SFTTrainer(MakesDataset, CausalLMModule):
     ) -> None:
         """As `CausalLMModule`; the schedule and its horizon are in `optimizer`.
 
-        `dataset` makes items of the rows, `prompt_answer` if not given: a name (`register_dataset`),
-        `package.module:Class`, or a class; `dataset_args` are its arguments.
+        `dataset` makes items of the rows, `prompt_answer` if not given: a name
+        (`register_dataset`), `package.module:Class`, or a class; `dataset_args` are its arguments.
         """
         super().__init__(
             name,
