@@ -129,12 +129,13 @@ def check_prompt(row: Mapping[str, Any], *, where: str) -> str | list[dict[str, 
     return prompt
 
 
-def near_name(wanted: Sequence[str], has: Iterable[str]) -> str:
-    """ ": did you mean 'answer' where it says 'awnser'?", if a name is near one that is wanted."""
-    others = [name for name in has if name not in wanted]
-    for name in wanted:
-        if near := get_close_matches(name, others, n=1):
-            return f": did you mean {name!r} where it says {near[0]!r}?"
+def near_name(wanted: Sequence[str], row: Mapping[str, Any]) -> str:
+    """ ": did you mean 'answer' where it says 'awnser'?", if a name is near one that is missing."""
+    missing = [name for name in wanted if row.get(name) is None]
+    for name, value in row.items():
+        near = get_close_matches(name, missing, n=1)
+        if near and value is not None and name not in wanted:
+            return f": did you mean {near[0]!r} where it says {name!r}?"
     return ""
 
 
