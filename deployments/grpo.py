@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -10,11 +10,13 @@ from pydantic import Field, model_validator
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
 from rlhf_flows.data.rows import load_rows
+from rlhf_flows.dataset_settings import DatasetSettings
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.flow import RunResult
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.function_reward import FunctionReward
+from rlhf_flows.models.policy_role import GeneratingPolicy
 from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.reference import Reference
 from rlhf_flows.models.samplers import Sampler, policy_class
@@ -35,12 +37,12 @@ class GRPOConfig(EngineConfig):
     """What `rlhf-flows train grpo` can be asked for."""
 
     model: str = Field(description="A local Hugging Face folder: model and tokenizer.")
-    prompts: str = Field(
+    prompts: DatasetSettings = Field(
         description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages);"
-        " other columns go to the reward function."
+        " other columns go to the reward function. With `type`, of whatever that takes."
     )
-    eval_prompts: str | None = Field(
-        default=None, description="Held-out prompts, in the same form."
+    eval_prompts: DatasetSettings | None = Field(
+        default=None, description="Held-out prompts; of the type of `prompts` if they say none."
     )
     reward: str = Field(description="`package.module:function`, importable from here.")
     runtime: GRPORuntime = Field(default_factory=GRPORuntime)
@@ -98,15 +100,7 @@ def build(
 ) -> GRPOEngine:
     """The engine that the configuration describes; rows may be given in place of files."""
     path = Path(config.model)
-    policy = policy_class(config.sampler)(
-        "policy",
-        path=path,
-        generation=config.generation,
-        eval_generation=config.eval_generation,
-        dtype=config.dtype,
-        max_model_len=config.max_model_len,
-        chat_template=config.chat_template,
-    )
+    policy = _policy(config)
     settings = config.grpo.model_copy(update={"temperature": config.generation.temperature})
     trainer = PolicyTrainer(
         "trainer",
@@ -124,12 +118,30 @@ def build(
         )
     reward = FunctionReward("reward", function=config.reward)
     engine = GRPOEngine(policy, trainer, reward, reference, name=name).configure(config)
-    engine.set_dataset(config.prompts if prompts is None else prompts)
-    held_out = config.eval_prompts if eval_prompts is None else eval_prompts
+    engine.set_dataset(config.prompts.path if prompts is None else prompts)
+    held_out = eval_prompts
+    if held_out is None and config.eval_prompts is not None:
+        held_out = config.eval_prompts.path
     return engine if held_out is None else engine.set_eval_dataset(held_out)
 
 
-def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
+def _policy(config: GRPOConfig) -> GeneratingPolicy:
+    return policy_class(config.sampler)(
+        "policy",
+        path=config.model,
+        generation=config.generation,
+        eval_generation=config.eval_generation,
+        dtype=config.dtype,
+        max_model_len=config.max_model_len,
+        chat_template=config.chat_template,
+        dataset=config.prompts.type,
+        dataset_args=config.prompts.args,
+        eval_dataset=None if config.eval_prompts is None else config.eval_prompts.type,
+        eval_dataset_args=None if config.eval_prompts is None else config.eval_prompts.args,
+    )
+
+
+def check_reward(function: str, rows: Sequence[Mapping[str, Any]]) -> None:
     """Asks the reward function for an empty completion of the first row, before anything starts.
 
     Raises:
@@ -138,12 +150,16 @@ def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
     row = rows[0]
     sample = {name: [value] for name, value in row.items()}
     FunctionReward("reward", function=function).forward_step(
-        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": [0]}
+        {**sample, "prompt": [str(row.get("prompt", ""))], "completion": [""], "seed": [0]}
     )
 
 
 def _ask(config: GRPOConfig) -> None:
-    check_reward(config.reward, load_rows(config.prompts))
+    policy = _policy(config)
+    rows: Sequence[Any] = load_rows(config.prompts.path, fields=policy.row_fields())[:1]
+    if config.prompts.type is not None:  # the reward function sees what that makes of a row
+        rows = [policy.build_dataset(rows)[0]]
+    check_reward(config.reward, rows)
 
 
 def _next(config: Any, result: RunResult) -> Sequence[str]:

@@ -18,6 +18,7 @@ from pydantic import Field
 
 from rlhf_flows.attempt import new_run_name, open_probed_store, without_abort
 from rlhf_flows.config import EngineConfig
+from rlhf_flows.dataset_settings import DatasetSettings
 from rlhf_flows.deployments import grpo as grpo_recipe
 from rlhf_flows.deployments import sft as sft_recipe
 from rlhf_flows.deployments import sort_digits
@@ -81,7 +82,7 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
             max_attempts=config.runtime.max_attempts,
         ),
         model=str(model),
-        dataset="demonstrations of sort_digits",
+        dataset=DatasetSettings(path="demonstrations of sort_digits"),
         optimizer=OptimizerSettings(
             learning_rate=config.warmup_learning_rate,
             schedule="cosine",
@@ -102,7 +103,7 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
         log_level=config.log_level,
         runtime=GRPORuntime.model_validate(config.runtime.model_dump()),
         model=str(model),
-        prompts="prompts of sort_digits",
+        prompts=DatasetSettings(path="prompts of sort_digits"),
         reward=REWARD,
         generation=GenerationSettings(max_new_tokens=sort_digits.MAX_NEW_TOKENS),
         # One engine step after another on fresh samples: the sampler's own logprobs serve as the

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import Field
 
 from rlhf_flows.config import EngineConfig, RuntimeConfig
+from rlhf_flows.dataset_settings import DatasetSettings
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import SFTEngine
 from rlhf_flows.flow import RunResult
@@ -32,9 +33,9 @@ class SFTConfig(EngineConfig):
     """What `rlhf-flows train sft` can be asked for."""
 
     model: str = Field(description="A local Hugging Face folder: model and tokenizer.")
-    dataset: str = Field(
+    dataset: DatasetSettings = Field(
         description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages)"
-        " and `completion` or `answer`."
+        " and `completion` or `answer`; with `type`, of whatever that takes."
     )
     runtime: SFTRuntime = Field(default_factory=SFTRuntime)
     sft: SFTSettings = Field(default_factory=SFTSettings)
@@ -61,9 +62,11 @@ def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:
         dtype=config.dtype,
         gradient_checkpointing=config.gradient_checkpointing,
         chat_template=config.chat_template,
+        dataset=config.dataset.type,
+        dataset_args=config.dataset.args,
     )
     engine = SFTEngine(trainer, name="sft").configure(config)
-    return engine.set_dataset(config.dataset if dataset is None else dataset)
+    return engine.set_dataset(config.dataset.path if dataset is None else dataset)
 
 
 def _next(config: Any, result: RunResult) -> Sequence[str]:

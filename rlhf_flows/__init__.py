@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rlhf_flows.calls import Call, GraphEngine
-    from rlhf_flows.data import EpisodeRelayBuffer, RelaySampleManager, StreamDataset
+    from rlhf_flows.data import (
+        EpisodeRelayBuffer,
+        RelaySampleManager,
+        StreamDataset,
+        register_dataset,
+    )
     from rlhf_flows.deployments import EngineRecipe, find_recipe, register_recipe
     from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
     from rlhf_flows.engines import (
@@ -68,6 +73,7 @@ __all__ = [
     "check_family",
     "find_recipe",
     "init",
+    "register_dataset",
     "register_family",
     "register_interface",
     "register_recipe",
@@ -102,6 +108,7 @@ _HOMES = {
     "check_family": "rlhf_flows.models.families",
     "find_recipe": "rlhf_flows.deployments",
     "init": "rlhf_flows.initialization",
+    "register_dataset": "rlhf_flows.data.dataset_kinds",
     "register_family": "rlhf_flows.models.families",
     "register_interface": "rlhf_flows.models.interfaces",
     "register_recipe": "rlhf_flows.deployments",

@@ -17,6 +17,7 @@ from rlhf_flows.attempt.module_checks import (
 from rlhf_flows.attempt.placement import check_fits_here
 from rlhf_flows.attempt.shares import Share, shares_of
 from rlhf_flows.config import EngineConfig, RuntimeEnvConfig
+from rlhf_flows.data.row_sequences import JoinedRows, check_ids
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import BATCH, Graph, phases, trace
@@ -271,7 +272,11 @@ def _dataset(
         sources, is_mixed = ([path], False) if isinstance(path, str) else (list(path), True)
     if not sources:
         raise ConfigError(f"the {kind} dataset is missing: give it one with set_dataset(rows)")
-    parts = [load_rows(s) if isinstance(s, str | Path) else _listed(s, kind) for s in sources]
+    fields = dict.fromkeys(f for owner in owners for f in modules[owner].row_fields(is_eval))
+    parts = [
+        load_rows(s, fields=tuple(fields)) if isinstance(s, str | Path) else _listed(s, kind)
+        for s in sources
+    ]
     for number, part_rows in enumerate(parts):
         if not part_rows:
             which = (
@@ -285,7 +290,7 @@ def _dataset(
             f" {'are' if len(parts) > 1 else 'is'} {len(parts)}"
             f" dataset{'s' if len(parts) > 1 else ''}: give one number for each"
         )
-    rows = [row for part_rows in parts for row in part_rows]
+    rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
     for owner in owners:
         check_builds(modules[owner])
         modules[owner].validate_rows(rows, is_eval=is_eval)
@@ -309,7 +314,9 @@ def _listed(source: Any, kind: str) -> list[Any]:
             " the name of a JSONL, JSON or Parquet file"
         )
     # A torch Dataset need not end by itself.
-    return list(source) if hasattr(source, "__iter__") else [source[i] for i in range(len(source))]
+    rows = list(source) if hasattr(source, "__iter__") else [source[i] for i in range(len(source))]
+    check_ids(rows)
+    return rows
 
 
 def _length(row: Any) -> int:

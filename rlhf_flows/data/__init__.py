@@ -27,6 +27,8 @@ if TYPE_CHECKING:
         to_samples,
     )
     from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
+    from rlhf_flows.data.dataset_kinds import register_dataset
+    from rlhf_flows.data.demonstrations import DemonstrationDataset
     from rlhf_flows.data.packing import cut_by_tokens
     from rlhf_flows.data.plan import (
         EpisodePlan,
@@ -42,6 +44,14 @@ if TYPE_CHECKING:
     from rlhf_flows.data.prompts import PromptDataset, prompt_text
     from rlhf_flows.data.quarantine import Blamed, Quarantine
     from rlhf_flows.data.relay import EpisodeRelayBuffer, RelaySampleManager, relayed
+    from rlhf_flows.data.row_sequences import (
+        JoinedRows,
+        LazyRows,
+        LoadedRows,
+        check_ids,
+        columns_of,
+        where_of,
+    )
     from rlhf_flows.data.row_types import uniform_rows
     from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
     from rlhf_flows.data.shards import align, keep_samples
@@ -54,9 +64,13 @@ __all__ = [
     "Batch",
     "Blamed",
     "Column",
+    "DemonstrationDataset",
     "EpisodePlan",
     "EpisodeRelayBuffer",
     "GroupRef",
+    "JoinedRows",
+    "LazyRows",
+    "LoadedRows",
     "PlannedShard",
     "PreferenceDataset",
     "PromptDataset",
@@ -67,8 +81,10 @@ __all__ = [
     "StreamDataset",
     "align",
     "batch_size",
+    "check_ids",
     "check_prompt",
     "collate",
+    "columns_of",
     "concat",
     "cut_by_tokens",
     "from_arrow",
@@ -80,6 +96,7 @@ __all__ = [
     "parquet_metadata",
     "permutation",
     "prompt_text",
+    "register_dataset",
     "relayed",
     "rows_digest",
     "sample_id",
@@ -90,6 +107,7 @@ __all__ = [
     "to_samples",
     "training_batches",
     "uniform_rows",
+    "where_of",
 ]
 
 _HOME = {
@@ -109,6 +127,16 @@ _HOME = {
     ],
     "preferences": ["PreferenceDataset", "pair_rows"],
     "prompts": ["PromptDataset", "prompt_text"],
+    "dataset_kinds": ["register_dataset"],
+    "demonstrations": ["DemonstrationDataset"],
+    "row_sequences": [
+        "JoinedRows",
+        "LazyRows",
+        "LoadedRows",
+        "check_ids",
+        "columns_of",
+        "where_of",
+    ],
     "row_types": ["uniform_rows"],
     "rows": ["check_prompt", "load_rows", "rows_digest"],
     "relay": ["EpisodeRelayBuffer", "RelaySampleManager", "relayed"],

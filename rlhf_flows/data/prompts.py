@@ -10,6 +10,7 @@ imported here.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,11 +21,15 @@ from torch.utils.data import Dataset
 from rlhf_flows.data.arrow import to_arrow
 from rlhf_flows.data.batch import collate
 from rlhf_flows.data.columns import GENERATED_COLUMNS
+from rlhf_flows.data.row_sequences import columns_of, where_of
 from rlhf_flows.data.row_types import uniform_rows
 from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
 from rlhf_flows.errors import DataError
 
 __all__ = ["PromptDataset", "check_prompt", "load_rows", "prompt_text", "rows_digest"]
+
+
+_ROWS_OF_A_PART = 1024
 
 
 class Tokenizer(Protocol):
@@ -50,27 +55,31 @@ class PromptDataset(Dataset[dict[str, Any]]):
         rows: Sequence[Mapping[str, Any]],
         tokenizer: Tokenizer,
         *,
-        max_prompt_tokens: int,
+        max_tokens: int,
         chat_template: bool | None = None,
         reserved: Collection[str] = GENERATED_COLUMNS,
     ) -> None:
-        """`chat_template`: see `prompt_text`. `reserved`: names that rows may not use, because the
-        run writes columns of that name; () where nothing is generated, as in supervised training.
+        """`max_tokens`: most of a prompt. `chat_template`: see `prompt_text`. `reserved`: names
+        that rows may not use, because the run writes columns of that name; () where nothing is
+        generated, as in supervised training.
 
         Raises DataError for no rows, a reserved name, or a column of two types.
         """
         if not rows:
             raise DataError("a prompt dataset without rows was asked for: give at least one prompt")
-        for number, row in enumerate(rows):
-            taken = sorted(set(row) & set(reserved))
+        columns = columns_of(rows)
+        for number, names in enumerate(rows if columns is None else [columns]):
+            taken = sorted(set(names) & set(reserved))
             if taken:
                 raise DataError(
-                    f"row {number} has a column {taken[0]!r}, which the run itself writes: "
-                    "rename it in the prompt file (docs/columns.md lists the names in use)"
+                    f"{where_of(rows, number)} has a column {taken[0]!r}, which the run itself "
+                    "writes: rename it in the prompt file (docs/columns.md lists the names in use)"
                 )
-        self.rows = uniform_rows(rows)
+        self.where = partial(where_of, rows)
+        """Names a row in messages."""
+        self.rows = uniform_rows(rows, where=self.where) if columns is None else rows
         self.tokenizer = tokenizer
-        self.max_prompt_tokens = max_prompt_tokens
+        self.max_tokens = max_tokens
         self.chat_template = chat_template
 
     def __len__(self) -> int:
@@ -79,7 +88,7 @@ class PromptDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Raises DataError naming the row for a prompt without tokens, or with too many."""
         row = self.rows[index]
-        where = f"row {index}"
+        where = self.where(index)
         text = prompt_text(
             row, tokenizer=self.tokenizer, chat_template=self.chat_template, where=where
         )
@@ -88,10 +97,10 @@ class PromptDataset(Dataset[dict[str, Any]]):
         ids: Tensor = torch.tensor(  # [T]
             self.tokenizer(text, add_special_tokens=plain)["input_ids"], dtype=torch.int64
         )
-        if not 0 < len(ids) <= self.max_prompt_tokens:
+        if not 0 < len(ids) <= self.max_tokens:
             raise DataError(
                 f"the prompt of {where} has {len(ids)} tokens, the limit is "
-                f"{self.max_prompt_tokens}: shorten it, or raise max_prompt_tokens"
+                f"{self.max_tokens}: shorten it, or raise the limit if the model takes more"
                 if len(ids)
                 else f"the prompt of {where} has no tokens: the tokenizer makes nothing of {text!r}"
             )
@@ -102,12 +111,15 @@ class PromptDataset(Dataset[dict[str, Any]]):
         """Tokenize every row and see that its columns can be stored, so that a bad one is found at
         the start; the longest prompt, in tokens."""
         longest = 0
-        others = []
-        for index in range(len(self)):
-            item = self[index]
-            longest = max(longest, len(item.pop("prompt_ids")))
-            others.append(item)
-        to_arrow(collate(others))
+        # What a large file holds is looked at in parts: all of it need not fit into memory.
+        part = len(self) if columns_of(self.rows) is None else _ROWS_OF_A_PART
+        for start in range(0, len(self), part):
+            others = []
+            for index in range(start, min(start + part, len(self))):
+                item = self[index]
+                longest = max(longest, len(item.pop("prompt_ids")))
+                others.append(item)
+            to_arrow(collate(others))
         return longest
 
 

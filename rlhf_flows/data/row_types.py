@@ -2,32 +2,38 @@
 
 The decision here: types are settled for the whole dataset, not shard by shard. A column with ints
 in one shard and floats in the next would be two types in the files of one run, and a reader that
-takes the first file's (DuckDB does) would cut 0.5 down to 0 without a word.
+takes the first file's (DuckDB does) would cut 0.5 down to 0 without a word. They are learnt row by
+row, so that a file need not fit into memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rlhf_flows.errors import DataError
 
-__all__ = ["kind_of", "uniform_rows"]
+__all__ = ["ColumnTypes", "kind_of", "uniform_rows"]
 
 _KINDS = {bool: "true or false", str: "text", list: "a list", dict: "an object"}
+_EXACT = 2**53
+"""Up to here every int is a float, too."""
+_MOST_SHAPES = 1024
 
 
 def uniform_rows(
-    rows: Sequence[Mapping[str, Any]], *, wheres: Sequence[str] | None = None
+    rows: Sequence[Mapping[str, Any]], *, where: Callable[[int], str] = "row {}".format
 ) -> list[dict[str, Any]]:
     """The rows with the same keys in all, None where one was missing, and one type a column.
 
-    Ints in a column with floats become floats. `wheres` names each row in messages ("row 3").
+    Ints in a column with floats become floats. `where` names a row in messages ("row 3").
     Raises DataError for a column of two types, naming a row of each, and for ints beyond 64 bits.
     """
-    names = list(dict.fromkeys(key for row in rows for key in row))
-    columns = {name: _uniform(name, [row.get(name) for row in rows], wheres) for name in names}
-    return [{name: columns[name][i] for name in names} for i in range(len(rows))]
+    types = ColumnTypes(where)
+    for number, row in enumerate(rows):
+        types.add(row, number)
+    types.finish()
+    return [types.uniform(row) for row in rows]
 
 
 def kind_of(value: Any) -> str:
@@ -39,34 +45,78 @@ def kind_of(value: Any) -> str:
     return _KINDS.get(type(value), f"a {type(value).__module__}.{type(value).__qualname__}")
 
 
-def _uniform(name: str, values: list[Any], wheres: Sequence[str] | None) -> list[Any]:
-    def at(row: int) -> str:
-        return wheres[row] if wheres else f"row {row}"
+class ColumnTypes:
+    """What the columns of some rows are; each row is shown once, then any can be made uniform."""
 
-    first_of: dict[str, int] = {}
-    floats = False
-    for row, value in enumerate(values):
-        if value is None:
-            continue
-        first_of.setdefault(kind_of(value), row)
-        floats = floats or type(value) is float
-        if type(value) is int and not -(2**63) <= value < 2**63:
+    def __init__(self, where: Callable[[int], str]) -> None:
+        self.names: dict[str, None] = {}
+        """Of all columns, in the order in which they were first seen."""
+        self.floats: set[str] = set()
+        """Columns with a number that is no int."""
+        self._where = where
+        self._kinds: dict[str, tuple[str, int]] = {}
+        """What each column holds, and the first row that says so."""
+        self._inexact: dict[str, tuple[int, int]] = {}
+        """The first int of a column that no float is, and its row."""
+        self._shapes: dict[tuple[Any, ...], tuple[str, ...]] = {}
+        """Keys and types of rows that were seen, with the keys of their ints."""
+
+    def add(self, row: Mapping[str, Any], number: int) -> bool:
+        """Row `number`; whether it says anything new of the columns. Raises DataError."""
+        shape = (*row, *map(type, row.values()))
+        ints = self._shapes.get(shape)
+        is_new = ints is None
+        if ints is None:
+            ints = self._learn(row, number)
+            if len(self._shapes) < _MOST_SHAPES:
+                self._shapes[shape] = ints
+        for name in ints:
+            value = row[name]
+            if not -_EXACT <= value <= _EXACT:
+                self._check_int(name, value, number)
+        return is_new
+
+    def finish(self) -> None:
+        """After the last row. Raises DataError for a number that would change as a float."""
+        for name, (value, number) in self._inexact.items():
+            if name in self.floats:
+                raise DataError(
+                    f"{self._where(number)}: {name!r} is {value}, and other rows of the column"
+                    " have fractions: as a float it would change; write the numbers of this column"
+                    " as text"
+                )
+
+    def uniform(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The row with all columns, None where it lacks one, and ints as floats where due."""
+        found = {name: row.get(name) for name in self.names}
+        for name in self.floats:
+            value = found[name]
+            if type(value) is int:
+                found[name] = float(value)
+        return found
+
+    def _learn(self, row: Mapping[str, Any], number: int) -> tuple[str, ...]:
+        for name, value in row.items():
+            self.names.setdefault(name)
+            if value is None:
+                continue
+            kind = kind_of(value)
+            first, its_row = self._kinds.setdefault(name, (kind, number))
+            if kind != first and name != "prompt":  # a prompt may be text or messages
+                raise DataError(
+                    f"column {name!r} is {first} in {self._where(its_row)} and {kind} in"
+                    f" {self._where(number)}: give the column one type, so that every shard of the"
+                    " run has the same"
+                )
+            if type(value) is float:
+                self.floats.add(name)
+        return tuple(name for name, value in row.items() if type(value) is int)
+
+    def _check_int(self, name: str, value: int, number: int) -> None:
+        if not -(2**63) <= value < 2**63:
             raise DataError(
-                f"{at(row)}: {name!r} is a number beyond 64 bits, which no column can hold: "
-                "write the numbers of this column as text"
+                f"{self._where(number)}: {name!r} is a number beyond 64 bits, which no column can"
+                " hold: write the numbers of this column as text"
             )
-    if name != "prompt" and len(first_of) > 1:  # a prompt may be text or messages
-        (one, one_row), (other, other_row) = list(first_of.items())[:2]
-        raise DataError(
-            f"column {name!r} is {one} in {at(one_row)} and {other} in {at(other_row)}: "
-            "give the column one type, so that every shard of the run has the same"
-        )
-    if not floats:
-        return values
-    for row, value in enumerate(values):
-        if type(value) is int and int(float(value)) != value:
-            raise DataError(
-                f"{at(row)}: {name!r} is {value}, and other rows of the column have fractions: "
-                "as a float it would change; write the numbers of this column as text"
-            )
-    return [float(value) if type(value) is int else value for value in values]
+        if int(float(value)) != value:
+            self._inexact.setdefault(name, (value, number))

@@ -5,54 +5,38 @@ Letters: B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf_flows.data.batch import Batch, batch_size
-from rlhf_flows.data.preferences import PreferenceDataset
 from rlhf_flows.errors import DataError
-from rlhf_flows.models.causal_lm import load_tokenizer
-from rlhf_flows.models.causal_lm_module import ragged
-from rlhf_flows.modules.hf_folder import HFFolder
+from rlhf_flows.models.causal_lm_module import CausalLMModule, ragged
+from rlhf_flows.models.dataset_role import MakesDataset
+from rlhf_flows.settings import DPOSettings, RewardModelSettings
 
-__all__ = ["as_samples", "check_pair_batch", "pair_costs", "preference_dataset", "sums_of"]
+__all__ = ["MakesPairs", "as_samples", "check_pair_batch", "pair_costs", "sums_of"]
 
 _COLUMNS = ("prompt_ids", "chosen_ids", "rejected_ids")
 
 
-class _PairModule(Protocol):
-    path: Path
-    tokenizer: Any
-    chat_template: bool | None
+class MakesPairs(MakesDataset, CausalLMModule):
+    """A module whose dataset are preferences."""
 
-    def check_folder(self) -> HFFolder: ...
+    dataset_kind = "rw_pair"
+    token_columns = ("prompt_ids", "chosen_ids", "rejected_ids")
+    chat_template: bool | None = None
 
+    def pair_settings(self) -> DPOSettings | RewardModelSettings:
+        raise NotImplementedError
 
-class _PairSettings(Protocol):
-    @property
-    def max_tokens(self) -> int | None: ...
-    @property
-    def append_eos(self) -> bool: ...
+    def max_tokens_of_item(self, is_eval: bool) -> int:
+        limit = self.check_folder().max_positions
+        return min(limit, self.pair_settings().max_tokens or limit)
 
-
-def preference_dataset(
-    module: _PairModule, rows: Sequence[Mapping[str, Any]], settings: _PairSettings
-) -> PreferenceDataset:
-    """The rows as a module of pairs tokenizes them, within what its model takes."""
-    limit = module.check_folder().max_positions
-    return PreferenceDataset(
-        rows,
-        # Not kept: in the user's program, where rows are checked, it would travel with the module
-        # to its workers.
-        module.tokenizer or load_tokenizer(module.path),
-        max_tokens=min(limit, settings.max_tokens or limit),
-        chat_template=module.chat_template,
-        append_eos=settings.append_eos,
-    )
+    def dataset_defaults(self) -> dict[str, Any]:
+        return {"chat_template": self.chat_template, "append_eos": self.pair_settings().append_eos}
 
 
 def check_pair_batch(data: Batch, module: str, *more: str) -> None:

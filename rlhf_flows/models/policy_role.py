@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
-from rlhf_flows.data.prompts import PromptDataset
+from rlhf_flows.data.columns import GENERATED_COLUMNS
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.generation import Completion, GenerationSettings, cut_at_stop
 from rlhf_flows.models.causal_lm import check_model_folder, load_tokenizer
+from rlhf_flows.models.dataset_role import DatasetType, MakesDataset
 from rlhf_flows.models.families import FamilyCarrier
 from rlhf_flows.modules.hf_folder import HFFolder
 
@@ -28,10 +29,13 @@ __all__ = ["DTYPES", "GeneratingPolicy"]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
-class GeneratingPolicy(FamilyCarrier):
+class GeneratingPolicy(FamilyCarrier, MakesDataset):
     """A policy that completes prompts; a sampler's class gives it `generate` and `setup`."""
 
     generates: ClassVar[bool] = True
+    dataset_kind = "prompt"
+    token_columns = ("prompt_ids",)
+    written_columns = GENERATED_COLUMNS - {"prompt_ids"}
 
     def __init__(
         self,
@@ -43,6 +47,10 @@ class GeneratingPolicy(FamilyCarrier):
         dtype: str = "auto",
         max_model_len: int | None = None,
         chat_template: bool | None = None,
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
+        eval_dataset: DatasetType = None,
+        eval_dataset_args: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
@@ -54,6 +62,12 @@ class GeneratingPolicy(FamilyCarrier):
                 if not given.
             chat_template: whether prompts go through the tokenizer's chat template; if not given,
                 those that are lists of messages do.
+            dataset: what makes items of the rows, `prompt` if not given: a name
+                (`register_dataset`), `package.module:Class`, or a class.
+            dataset_args: its arguments.
+            eval_dataset: the same of an evaluation's rows; as `dataset` if not given, with its
+                arguments.
+            eval_dataset_args: its arguments, where it is given.
         """
         super().__init__(name)
         self.path = Path(path).expanduser().absolute()
@@ -62,6 +76,9 @@ class GeneratingPolicy(FamilyCarrier):
         self.dtype = dtype
         self.max_model_len_asked = max_model_len
         self.chat_template = chat_template
+        self.choose_dataset(
+            dataset, dataset_args, eval_dataset=eval_dataset, eval_args=eval_dataset_args
+        )
 
     # ---- before anything starts ---------------------------------------------------------------
 
@@ -105,19 +122,13 @@ class GeneratingPolicy(FamilyCarrier):
         """Most tokens of prompt and completion together."""
         return self.max_model_len_asked or HFFolder(self.path).max_positions
 
-    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> PromptDataset:
-        """Rows to `prompt`, `prompt_ids` and their own columns; too long a prompt is refused."""
+    def max_tokens_of_item(self, is_eval: bool) -> int:
+        """What the longest completion leaves of the model's limit."""
         settings = self.eval_generation if is_eval else self.generation
-        return PromptDataset(
-            prompts,
-            self.tokenizer,
-            max_prompt_tokens=self.length_limit - settings.max_new_tokens,
-            chat_template=self.chat_template,
-        )
+        return self.length_limit - settings.max_new_tokens
 
-    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
-        """Tokenizes every row; raises DataError for the first that cannot be used."""
-        self.build_dataset(rows, is_eval).check()
+    def dataset_defaults(self) -> dict[str, Any]:
+        return {"chat_template": self.chat_template}
 
     # ---- work ---------------------------------------------------------------------------------
 

@@ -5,24 +5,23 @@ Letters: B pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf_flows.data.batch import Batch
-from rlhf_flows.data.preferences import PreferenceDataset
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.causal_lm_module import CausalLMModule
-from rlhf_flows.models.pairs import as_samples, check_pair_batch, preference_dataset
+from rlhf_flows.models.dataset_role import DatasetType
+from rlhf_flows.models.pairs import MakesPairs, as_samples, check_pair_batch
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import DPOSettings
 
 __all__ = ["PreferenceReference"]
 
 
-class PreferenceReference(CausalLMModule):
+class PreferenceReference(MakesPairs):
     """Comes first in a flow of pairs: makes their dataset, and adds the logprob of each
     completion under the frozen model. Chosen and rejected share their prompt in one pass.
     """
@@ -37,25 +36,28 @@ class PreferenceReference(CausalLMModule):
         micro_batch_tokens: int = 8192,
         chat_template: bool | None = None,
         layout: Layout = "auto",
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """`dpo` is that of the trainer; the rest is as in `CausalLMModule`."""
+        """`dpo` is that of the trainer; the rest is as in `CausalLMModule`.
+
+        `dataset` makes items of the rows, `rw_pair` if not given: a name (`register_dataset`),
+        `package.module:Class`, or a class; `dataset_args` are its arguments, such as
+        `max_pairs_per_prompt`.
+        """
         super().__init__(
             name, path=path, dtype=dtype, micro_batch_tokens=micro_batch_tokens, layout=layout
         )
         self.dpo = dpo or DPOSettings()
         self.chat_template = chat_template
+        self.choose_dataset(dataset, dataset_args)
 
     def setup(self) -> None:
         super().setup()
         self.model.requires_grad_(False)
 
-    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
-        """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
-        self.build_dataset(rows, is_eval).check()
-
-    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> PreferenceDataset:
-        """Rows {prompt, chosen, rejected} with the tokens of each."""
-        return preference_dataset(self, prompts, self.dpo)
+    def pair_settings(self) -> DPOSettings:
+        return self.dpo
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """Adds `reference_chosen_logprob` and `reference_rejected_logprob`, [B] float32."""

@@ -8,16 +8,16 @@ Letters: B samples, or pairs.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
 from rlhf_flows.data.batch import Batch
-from rlhf_flows.data.preferences import PreferenceDataset
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.pairs import as_samples, preference_dataset
+from rlhf_flows.models.dataset_role import DatasetType
+from rlhf_flows.models.pairs import MakesPairs, as_samples
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.scalar_model import HeadInit
 from rlhf_flows.models.scalar_module import ScalarModule
@@ -26,21 +26,15 @@ from rlhf_flows.settings import RewardModelSettings
 __all__ = ["RewardModel", "RewardScorer"]
 
 
-class RewardScorer(ScalarModule):
+class RewardScorer(MakesPairs, ScalarModule):
     """What `RewardModel` and `RewardTrainer` share: rewards of samples and of pairs."""
 
     head_init: ClassVar[HeadInit] = "small"
 
-    chat_template: bool | None = None
     settings: RewardModelSettings
 
-    def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
-        """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
-        self.build_dataset(rows, is_eval).check()
-
-    def build_dataset(self, prompts: Sequence[Any], is_eval: bool = False) -> PreferenceDataset:
-        """Rows {prompt, chosen, rejected} with the tokens of each."""
-        return preference_dataset(self, prompts, self.settings)
+    def pair_settings(self) -> RewardModelSettings:
+        return self.settings
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """Samples get `reward` [B] float32.
@@ -74,18 +68,24 @@ class RewardModel(RewardScorer):
         micro_batch_tokens: int = 8192,
         chat_template: bool | None = None,
         layout: Layout = "auto",
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
     ) -> None:
         """
         Args:
             path: what a `RewardTrainer` saved, or any Hugging Face folder with a head of one
                 label; of a causal model, the start of a reward model that follows its trainer.
             settings: of its trainer: how the completions of pairs are tokenized.
+            dataset: what makes items of the rows of an evaluation, `rw_pair` if not given: a name
+                (`register_dataset`), `package.module:Class`, or a class.
+            dataset_args: its arguments, such as `max_pairs_per_prompt`.
         """
         super().__init__(
             name, path=path, dtype=dtype, micro_batch_tokens=micro_batch_tokens, layout=layout
         )
         self.settings = settings or RewardModelSettings()
         self.chat_template = chat_template
+        self.choose_dataset(dataset, dataset_args)
 
     def setup(self) -> None:
         super().setup()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,7 @@ from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.causal_lm import DType
 from rlhf_flows.models.causal_lm_trainer import CausalLMTrainer
+from rlhf_flows.models.dataset_role import DatasetType
 from rlhf_flows.models.pairs import as_samples, check_pair_batch, pair_costs
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.reward_model import RewardScorer
@@ -42,8 +44,13 @@ class RewardTrainer(CausalLMTrainer, RewardScorer):
         gradient_checkpointing: bool = False,
         chat_template: bool | None = None,
         layout: Layout = "auto",
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
     ) -> None:
-        """As `CausalLMTrainer`; `path` may be a causal model, or one with a head of one label."""
+        """As `CausalLMTrainer`; `path` may be a causal model, or one with a head of one label.
+
+        `dataset` and `dataset_args` are as in `RewardModel`.
+        """
         super().__init__(
             name,
             path=path,
@@ -55,6 +62,7 @@ class RewardTrainer(CausalLMTrainer, RewardScorer):
         )
         self.settings = settings or RewardModelSettings()
         self.chat_template = chat_template
+        self.choose_dataset(dataset, dataset_args)
 
     def prepare_batch(self, data: Batch) -> Batch:
         """Adds `pair_weight` [B] of the whole global batch."""

@@ -6,11 +6,13 @@ Everything about sampling is in `rlhf_flows.modules.vllm_module`, everything abo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.generation import GenerationSettings
+from rlhf_flows.models.dataset_role import DatasetType
 from rlhf_flows.models.policy_role import GeneratingPolicy
 from rlhf_flows.modules.vllm_module import VLLMModule
 
@@ -35,6 +37,10 @@ class VLLMPolicy(VLLMModule, GeneratingPolicy):
         max_num_seqs: int = 256,
         kv_cache_memory_bytes: int | None = None,
         gpu_memory_utilization: float = 0.9,
+        dataset: DatasetType = None,
+        dataset_args: Mapping[str, Any] | None = None,
+        eval_dataset: DatasetType = None,
+        eval_dataset_args: Mapping[str, Any] | None = None,
         **engine_args: Any,
     ) -> None:
         """As `GeneratingPolicy`; after `chat_template`, as `VLLMModule.setup_engine`."""
@@ -47,6 +53,10 @@ class VLLMPolicy(VLLMModule, GeneratingPolicy):
             dtype=dtype,
             max_model_len=max_model_len,
             chat_template=chat_template,
+            dataset=dataset,
+            dataset_args=dataset_args,
+            eval_dataset=eval_dataset,
+            eval_dataset_args=eval_dataset_args,
         )
         self.engine_args = {
             "max_num_seqs": max_num_seqs,

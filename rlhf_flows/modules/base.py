@@ -174,6 +174,10 @@ class BaseModule:
         Asked of the first module of a flow, before any actor starts. Raises DataError.
         """
 
+    def row_fields(self, is_eval: bool = False) -> tuple[str, ...]:
+        """What every row of a file must have, of which `build_dataset` is to make a dataset."""
+        return ("prompt",)
+
     def fingerprint(self) -> bytes:
         """Bytes that differ where code or arguments of the module do: a living worker whose
         module has another fingerprint is rebuilt, so that a mended function takes effect.

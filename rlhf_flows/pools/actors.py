@@ -284,7 +284,7 @@ class PoolActors:
 
         Returns the number of its items, of each part where there are `parts`.
         """
-        self._datasets[kind] = (digest, ray.put(list(rows)), tuple(parts))
+        self._datasets[kind] = (digest, ray.put(rows), tuple(parts))
         sizes = await asyncio.gather(*(self._give_dataset(r, kind) for r in replicas))
         return sizes[0]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_flows.data import Batch, Samples, batch_size, collate
+from rlhf_flows.data import Batch, JoinedRows, Samples, batch_size, collate
 from rlhf_flows.errors import DataError, RlhfFlowsError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.messages import Source
@@ -32,7 +32,11 @@ def build(
     if parts:
         method = "build_all_dataset"
         ends = list(accumulate(parts))
-        all_rows = [list(rows[end - size : end]) for size, end in zip(parts, ends, strict=True)]
+        all_rows = (
+            list(rows.parts)
+            if isinstance(rows, JoinedRows)
+            else [list(rows[end - size : end]) for size, end in zip(parts, ends, strict=True)]
+        )
         made = _made(module, method, all_rows, is_eval=is_eval)
         built = list(made) if isinstance(made, list | tuple) else [made]
         if len(built) != len(parts):

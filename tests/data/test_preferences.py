@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from rlhf_flows.data import PreferenceDataset, collate, pair_rows
-from rlhf_flows.errors import DataError
+from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.models.tiny import character_tokenizer
 
 ROW = {"prompt": "2+2=", "chosen": "4", "rejected": "five", "source": "school"}
@@ -73,3 +73,17 @@ def test_pairs_that_do_not_fit_are_refused_with_their_length() -> None:
         dataset([{**ROW, "chosen": ""}], append_eos=False)[0]
     with pytest.raises(DataError, match="has a column 'chosen_ids', which the run itself writes"):
         dataset([{**ROW, "chosen_ids": [1]}])
+
+
+def test_a_row_with_more_pairs_than_are_wanted_is_cut_after_the_first() -> None:
+    row = {"prompt": "a", "pos_answers": ["b", "c", "d"], "neg_answers": ["e", "f", "g"]}
+    for most, count in ((None, 4), (5, 4), (3, 4), (2, 3), (1, 2)):
+        made = dataset([row, ROW], max_pairs_per_prompt=most)
+        assert len(made) == count
+        assert [made[i]["chosen"] for i in range(count)] == [*["b", "c", "d"][: count - 1], "4"]
+        assert [made[i]["rejected"] for i in range(count)] == [
+            *["e", "f", "g"][: count - 1],
+            "five",
+        ]
+    with pytest.raises(ConfigError, match="max_pairs_per_prompt is 0: give at least 1"):
+        dataset([row], max_pairs_per_prompt=0)

@@ -235,7 +235,7 @@ def test_prompts_that_do_not_fit_the_tokenizer_are_refused() -> None:
 
 
 def test_an_item_holds_text_tokens_and_the_other_columns() -> None:
-    dataset = PromptDataset(ROWS, tokenizer(), max_prompt_tokens=8)
+    dataset = PromptDataset(ROWS, tokenizer(), max_tokens=8)
     assert len(dataset) == 2
     item = dataset[0]
     assert item["prompt_ids"].dtype == torch.int64
@@ -253,28 +253,28 @@ def test_an_item_holds_text_tokens_and_the_other_columns() -> None:
 def test_the_first_token_is_written_once_by_template_or_tokenizer() -> None:
     chat = tokenizer(chat_template=TEMPLATE)
     for rows, template in ([{"prompt": CHAT}], None), ([{"prompt": "2"}], True), (ROWS, None):
-        dataset = PromptDataset(rows, chat, max_prompt_tokens=20, chat_template=template)
+        dataset = PromptDataset(rows, chat, max_tokens=20, chat_template=template)
         assert dataset[0]["prompt_ids"].tolist().count(1) == 1
 
 
 def test_a_prompt_that_is_too_long_is_named_with_its_tokens_and_the_limit() -> None:
-    dataset = PromptDataset(ROWS, tokenizer(), max_prompt_tokens=4)
+    dataset = PromptDataset(ROWS, tokenizer(), max_tokens=4)
     with pytest.raises(DataError, match="prompt of row 0 has 5 tokens, the limit is 4"):
         dataset.check()
-    blank = PromptDataset([{"prompt": CHAT}], tokenizer(chat_template="  "), max_prompt_tokens=4)
+    blank = PromptDataset([{"prompt": CHAT}], tokenizer(chat_template="  "), max_tokens=4)
     with pytest.raises(DataError, match="row 0 has no tokens"):
         blank[0]
 
 
 def test_rows_that_a_run_cannot_use_are_refused_at_the_start() -> None:
     with pytest.raises(DataError, match="row 0 has a column 'reward', which the run itself writes"):
-        PromptDataset([{"prompt": "a", "reward": 1}], tokenizer(), max_prompt_tokens=4)
+        PromptDataset([{"prompt": "a", "reward": 1}], tokenizer(), max_tokens=4)
     with pytest.raises(DataError, match="without rows"):
-        PromptDataset([], tokenizer(), max_prompt_tokens=4)
+        PromptDataset([], tokenizer(), max_tokens=4)
     dataset = PromptDataset(
         [{"prompt": "a", "spans": ()}, {"prompt": "a", "spans": (0, 1)}],
         tokenizer(),
-        max_prompt_tokens=4,
+        max_tokens=4,
     )
     with pytest.raises(DataError, match=r"'spans', row 0 holds a builtins\.tuple"):
         dataset.check()
@@ -282,5 +282,5 @@ def test_rows_that_a_run_cannot_use_are_refused_at_the_start() -> None:
 
 def test_rows_of_supervised_training_may_hold_the_completion() -> None:
     rows = [{"prompt": "a", "completion": "b"}]
-    dataset = PromptDataset(rows, tokenizer(), max_prompt_tokens=4, reserved=())
+    dataset = PromptDataset(rows, tokenizer(), max_tokens=4, reserved=())
     assert dataset[0]["completion"] == "b"

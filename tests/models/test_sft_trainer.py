@@ -74,7 +74,7 @@ def test_a_completion_ends_with_the_end_token_unless_told_otherwise(tiny: Path) 
     ("rows", "message"),
     [
         ([{"prompt": "a", "answer": "b"}, {"prompt": "a", "target": "b"}], "row 1 needs a text"),
-        ([{"prompt": "a", "completion": 3}], "found a int among"),
+        ([{"prompt": "a", "completion": 3}], "found a number among"),
         ([], "without rows"),
     ],
 )

@@ -1,0 +1,94 @@
+"""Rows of JSON: an object on each line, or one list of them. No torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from rlhf_flows.data.row_types import kind_of
+from rlhf_flows.errors import DataError
+
+__all__ = ["json_rows", "jsonl_rows"]
+
+
+def jsonl_rows(name: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The object of each line that is not blank, with the line's number, from 1."""
+    for number, line in enumerate(data.split(b"\n"), start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if line.strip():
+            yield number, parse_line(line, name, number)
+
+
+def parse_line(line: bytes, name: str, number: int) -> dict[str, Any]:
+    """Raises DataError naming file and line where it is no object of JSON."""
+    try:  # almost every line is well, and its name is then not needed
+        found = json.loads(line.decode())
+        if type(found) is dict and b"\\u" not in line:
+            return found
+    except (ValueError, RecursionError):
+        pass
+    where = f"{name}, line {number}"
+    return _object(_parse(line, where), where)
+
+
+def json_rows(name: str, data: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The objects of one list, each with its place, from 0."""
+    if not data.strip():
+        return
+    found = _parse(data.removeprefix(b"\xef\xbb\xbf"), name)
+    if not isinstance(found, list):
+        raise DataError(
+            f"{name} holds {kind_of(found)}: a .json file of prompts is one list of objects; "
+            "for one object a line, name the file .jsonl"
+        )
+    for number, row in enumerate(found):
+        yield number, _object(row, f"{name}, row {number}")
+
+
+def _parse(text: bytes, where: str) -> Any:
+    try:
+        decoded = text.decode("utf-8")
+    except UnicodeDecodeError as e:
+        raise DataError(
+            f"{where}: byte {e.start} (0x{text[e.start]:02x}) is not UTF-8: save the file as UTF-8"
+        ) from e
+    try:
+        found = json.loads(decoded)
+    except json.JSONDecodeError as e:
+        at = f"column {e.colno}" if e.lineno == 1 else f"line {e.lineno}, column {e.colno}"
+        raise DataError(
+            f"{where}, {at}: this is not JSON ({e.msg}): {_around(decoded, e.pos)}"
+        ) from e
+    except ValueError as e:  # an int of thousands of digits
+        raise DataError(f"{where}: this JSON cannot be read ({e})") from e
+    except RecursionError as e:
+        raise DataError(f"{where}: lists or objects are nested too deeply: flatten them") from e
+    if "\\ud" in decoded.lower():
+        _check_surrogates(found, where)
+    return found
+
+
+def _check_surrogates(found: Any, where: str) -> None:
+    try:
+        json.dumps(found, ensure_ascii=False).encode()
+    except UnicodeEncodeError as e:
+        half = ascii(e.object[e.start])
+        raise DataError(
+            f"{where}: {half} is half of a surrogate pair, which is no text: "
+            "write the character in UTF-8, or as both halves"
+        ) from e
+
+
+def _around(text: str, position: int) -> str:
+    start = max(0, position - 20)
+    return repr(text[start : position + 20])
+
+
+def _object(found: Any, where: str) -> dict[str, Any]:
+    if not isinstance(found, dict):
+        raise DataError(
+            f'{where}: this is {kind_of(found)}, not an object: write {{"prompt": "…"}}'
+        )
+    return found

@@ -1,0 +1,195 @@
+"""Rows as sequences: of a file that was read, of a file that is read when asked, of several.
+
+The decision here: a row knows where it came from (`where_of`), so that whoever finds a mistake in
+it can name file and line, long after the file was read.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any, overload
+
+import numpy as np
+
+from rlhf_flows.errors import DataError
+
+__all__ = ["JoinedRows", "LazyRows", "LoadedRows", "RowIds", "check_ids", "columns_of", "where_of"]
+
+Row = Mapping[str, Any]
+
+
+def where_of(rows: Sequence[Any], index: int) -> str:
+    """How messages name a row: "prompts.jsonl, line 3", or "row 2" where it is of no file."""
+    where = getattr(rows, "where", None)
+    return f"row {index}" if where is None else str(where(index))
+
+
+def columns_of(rows: Sequence[Any]) -> tuple[str, ...] | None:
+    """Of rows that are read when asked for: they are uniform, and too many to be copied or looked
+    at more often than needed. None of all others.
+    """
+    found: tuple[str, ...] | None = getattr(rows, "columns", None)
+    return found
+
+
+class LoadedRows(list[dict[str, Any]]):
+    """A list of the rows of a file."""
+
+    def __init__(
+        self, rows: Iterable[dict[str, Any]], *, name: str, unit: str, numbers: array[int]
+    ) -> None:
+        """`unit`: what the file has for a row, line or row; `numbers`: which of them each is."""
+        super().__init__(rows)
+        self.name, self.unit, self.numbers = name, unit, numbers
+
+    def where(self, index: int) -> str:
+        return f"{self.name}, {self.unit} {self.numbers[index]}"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _loaded, (list(self), self.name, self.unit, self.numbers)
+
+
+def _loaded(rows: list[dict[str, Any]], name: str, unit: str, numbers: array[int]) -> LoadedRows:
+    return LoadedRows(rows, name=name, unit=unit, numbers=numbers)
+
+
+class LazyRows(Sequence[dict[str, Any]]):
+    """Rows that are read from their file when they are asked for. They were checked once, all of
+    them are uniform, and they travel to other processes by the file's name.
+    """
+
+    name: str
+    """The path, absolute, or the URL."""
+    columns: tuple[str, ...]
+    """Of every row."""
+    digest: str
+    """What `rows_digest` says of them."""
+
+    @abstractmethod
+    def row(self, index: int) -> dict[str, Any]:
+        """Row `index`, from 0. Raises DataError where the file is not what it was."""
+
+    @abstractmethod
+    def where(self, index: int) -> str:
+        """Names the row in messages."""
+
+    @abstractmethod
+    def open_here(self) -> None:
+        """Sees that this machine can read the file, and that it is the same one.
+
+        Raises DataError with the next step.
+        """
+
+    @overload
+    def __getitem__(self, index: int) -> dict[str, Any]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[dict[str, Any]]: ...
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return _Chosen(self, range(*index.indices(len(self))))
+        return self.row(range(len(self))[index])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"
+
+
+class _Chosen(Sequence[Any]):
+    """Some rows of others, which are not copied."""
+
+    def __init__(self, rows: Sequence[Any], chosen: range) -> None:
+        self._rows, self._chosen = rows, chosen
+        self.columns = columns_of(rows)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return _Chosen(self._rows, self._chosen[index])
+        return self._rows[self._chosen[index]]
+
+    def where(self, index: int) -> str:
+        return where_of(self._rows, self._chosen[index])
+
+
+class JoinedRows(Sequence[Any]):
+    """Several sequences of rows, one after another."""
+
+    def __init__(self, parts: Sequence[Sequence[Any]]) -> None:
+        self.parts = tuple(parts)
+        self._ends = list(accumulate(len(part) for part in self.parts))
+        names = {columns_of(part) for part in self.parts}
+        self.columns = names.pop() if len(names) == 1 else None
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice):
+            return _Chosen(self, range(*index.indices(len(self))))
+        number, place = self._place(range(len(self))[index])
+        return self.parts[number][place]
+
+    def where(self, index: int) -> str:
+        number, place = self._place(index)
+        return where_of(self.parts[number], place)
+
+    def _place(self, index: int) -> tuple[int, int]:
+        number = bisect_right(self._ends, index)
+        return number, index - (self._ends[number - 1] if number else 0)
+
+
+class RowIds:
+    """The ids of rows, eight bytes for each: none may come twice."""
+
+    def __init__(self) -> None:
+        self._hashes = array("q")
+        self._rows = array("q")
+
+    def add(self, value: Any, number: int, where: Callable[[int], str]) -> None:
+        """Raises DataError for an id that is no text and no number."""
+        if value is None:
+            return
+        if type(value) not in (str, int, float):
+            raise DataError(
+                f"{where(number)}: the id is a {type(value).__name__}: give text or a number,"
+                " each row another"
+            )
+        self._hashes.append(hash(value))
+        self._rows.append(number)
+
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raises DataError naming both rows for the first id that came before."""
+        hashes = np.array(self._hashes, dtype=np.int64)
+        hashes.sort()
+        if not len(hashes) or (hashes[1:] != hashes[:-1]).all():
+            return
+        twice = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        found = np.isin(np.frombuffer(self._hashes, dtype=np.int64), twice)
+        first_of: dict[Any, int] = {}
+        for number in np.frombuffer(self._rows, dtype=np.int64)[found].tolist():
+            value = rows[number]["id"]
+            first = first_of.setdefault(value, number)
+            if first != number:
+                raise DataError(
+                    f"{where_of(rows, number)} has the id {value!r} of {where_of(rows, first)}: an"
+                    " id names one row, so give each another, or leave the column out"
+                )
+
+
+def check_ids(rows: Sequence[Any]) -> None:
+    """Raises DataError where two rows have one `id`, or one is neither text nor a number."""
+    ids = RowIds()
+    for number, row in enumerate(_mappings(rows)):
+        ids.add(row.get("id"), number, partial(where_of, rows))
+    ids.check(rows)
+
+
+def _mappings(rows: Iterable[Any]) -> Iterator[Mapping[str, Any]]:
+    for row in rows:
+        yield row if isinstance(row, Mapping) else {}
