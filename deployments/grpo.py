@@ -1,4 +1,4 @@
-"""GRPO: a policy that samples, a reward function, a trainer; a reference where there is a KL."""
+"""GRPO: a policy that samples, a reward, a trainer; a reference where there is a KL."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from rlhf_flows.data.rows import load_rows
 from rlhf_flows.deployments.recipe import Recipe, RecipeResult, store_words
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.generation import GenerationSettings
-from rlhf_flows.models.function_reward import FunctionReward
 from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.reference import Reference
+from rlhf_flows.models.reward_sources import build_reward, check_reward
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
+from rlhf_flows.reward_settings import RewardSettings
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 from rlhf_flows.tasks.progress import Progress
 
@@ -37,12 +38,15 @@ class GRPOConfig(EngineConfig):
     model: str = Field(description="A local Hugging Face folder: model and tokenizer.")
     prompts: str = Field(
         description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages);"
-        " other columns go to the reward function."
+        " other columns go to the reward."
     )
     eval_prompts: str | None = Field(
         default=None, description="Held-out prompts, in the same form."
     )
-    reward: str = Field(description="`package.module:function`, importable from here.")
+    reward: RewardSettings = Field(
+        description="What scores completions: `package.module:function`, importable from here, or"
+        " one of reward.function, model, classifier, command, url and interface."
+    )
     runtime: GRPORuntime = Field(default_factory=GRPORuntime)
     generation: GenerationSettings = Field(
         default_factory=GenerationSettings, description="How the policy samples."
@@ -122,24 +126,11 @@ def build(
         reference = Reference(
             "reference", path=path, temperature=config.generation.temperature, dtype=config.dtype
         )
-    reward = FunctionReward("reward", function=config.reward)
+    reward = build_reward(config.reward, policy_path=path, dtype=config.dtype)
     engine = GRPOEngine(policy, trainer, reward, reference, name=name).configure(config)
     engine.set_dataset(config.prompts if prompts is None else prompts)
     held_out = config.eval_prompts if eval_prompts is None else eval_prompts
     return engine if held_out is None else engine.set_eval_dataset(held_out)
-
-
-def check_reward(function: str, rows: list[dict[str, Any]]) -> None:
-    """Asks the reward function for an empty completion of the first row, before anything starts.
-
-    Raises:
-        RewardError: it raises, or returns what is no reward; with the row and the cause.
-    """
-    row = rows[0]
-    sample = {name: [value] for name, value in row.items()}
-    FunctionReward("reward", function=function).forward_step(
-        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": [0]}
-    )
 
 
 def _check(config: GRPOConfig) -> None:
