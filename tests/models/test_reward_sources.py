@@ -11,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 
 from rlhf_flows.config_loading import load_config
-from rlhf_flows.deployments.grpo import GRPOConfig
+from rlhf_flows.deployments.grpo import GRPOConfig, grpo
 from rlhf_flows.errors import ConfigError, RewardError
 from rlhf_flows.models import (
     ClassifierReward,
@@ -67,6 +69,18 @@ def test_a_name_alone_is_a_function_and_stays_one_in_run_json() -> None:
     assert isinstance(made, FunctionReward)
     assert (made.function, made.on_failure, made.sync_timeout_s) == ("m:f", "score", 2)
     assert RewardSettings.model_validate(asked.model_dump(mode="json")) == asked
+
+
+def test_a_deployment_takes_a_name_or_fields() -> None:
+    """Prefect checks what it is given by the schema of the flow's parameters."""
+    schema = parameter_schema(grpo).model_dump_for_openapi()
+    for found in ("m:f", {"url": "http://h/x", "on_failure": "score"}, {"command": ["a", "b"]}):
+        config = {"model": "m", "prompts": "p", "reward": found}
+        assert not validate({"config": config}, schema, raise_on_error=False)
+        assert GRPOConfig.model_validate(config).reward == RewardSettings.model_validate(found)
+    for found in (3, {"urll": "http://h/x"}):
+        config = {"model": "m", "prompts": "p", "reward": found}
+        assert validate({"config": config}, schema, raise_on_error=False)
 
 
 def test_a_command_line_asks_for_a_classifier() -> None:
