@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import re
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -134,6 +136,15 @@ def test_an_interface_is_found_by_its_place_or_by_its_name() -> None:
         build_reward(RewardSettings(interface="lengths", args={"scales": 2}))
     with pytest.raises(ConfigError, match="expected a subclass of BaseModule"):
         build_reward(RewardSettings(interface="tests.models.test_reward_sources:by_length"))
+
+
+def test_the_command_lines_of_the_guide_are_understood() -> None:
+    page = (Path(__file__).parents[2] / "docs/rewards.md").read_text()
+    sources = set()
+    for block in re.findall(r"```console\n(.*?)```", page, re.DOTALL):
+        words = shlex.split(block.replace("\\\n", " "))
+        sources.add(settings(*(word for word in words if word.startswith("reward"))).source)
+    assert sources == {"function", "classifier", "command", "url", "interface"}
 
 
 @pytest.mark.parametrize(
