@@ -48,6 +48,8 @@ def build(config: DPOConfig) -> DPOEngine:
         dpo=config.dpo,
         dtype=config.dtype,
         chat_template=config.chat_template,
+        dataset=config.dataset.type,
+        dataset_args=config.dataset.args,
     )
     trainer = DPOTrainer("trainer", dpo=config.dpo, **config.trainer_arguments)
     engine = DPOEngine(reference, trainer, name="dpo").configure(config)

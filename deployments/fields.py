@@ -11,11 +11,12 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.dataset_settings import DatasetSettings
 from rlhf_flows.deployments.model_folders import MODEL, model_folder
 from rlhf_flows.generation import GenerationSettings
+from rlhf_flows.models.policy_role import GeneratingPolicy
 from rlhf_flows.models.samplers import Sampler, policy_class
 from rlhf_flows.reward_settings import RewardSettings
-from rlhf_flows.settings import OptimizerSettings
+from rlhf_flows.settings import DPOSettings, OptimizerSettings, PolicySettings
 
-__all__ = ["ModelFields", "SamplingFields", "TrainingFields"]
+__all__ = ["ModelFields", "ReinforcementFields", "SamplingFields", "TrainingFields"]
 
 
 class ModelFields(EngineConfig):
@@ -60,6 +61,7 @@ class SamplingFields(ModelFields):
 
     prompts: DatasetSettings = Field(
         description="Rows with `prompt` (text or chat messages); other columns go to the reward."
+        " With `type`, of whatever that takes."
     )
     generation: GenerationSettings = Field(
         default_factory=GenerationSettings, description="How the policy samples."
@@ -71,7 +73,12 @@ class SamplingFields(ModelFields):
         description="Most tokens of prompt and completion; the model's limit if none.",
     )
 
-    def policy(self, *, eval_generation: GenerationSettings | None = None) -> Any:
+    def policy(
+        self,
+        *,
+        eval_generation: GenerationSettings | None = None,
+        eval_prompts: DatasetSettings | None = None,
+    ) -> GeneratingPolicy:
         """The module that samples, by the name of "policy"."""
         return policy_class(self.sampler)(
             "policy",
@@ -81,6 +88,10 @@ class SamplingFields(ModelFields):
             dtype=self.dtype,
             max_model_len=self.max_model_len,
             chat_template=self.chat_template,
+            dataset=self.prompts.type,
+            dataset_args=self.prompts.args,
+            eval_dataset=None if eval_prompts is None else eval_prompts.type,
+            eval_dataset_args=None if eval_prompts is None else eval_prompts.args,
         )
 
 
@@ -88,11 +99,21 @@ class ReinforcementFields(SamplingFields, TrainingFields):
     """What a recipe takes that samples, scores and trains."""
 
     eval_prompts: DatasetSettings | None = Field(
-        default=None, description="Held-out prompts, in the same form."
+        default=None, description="Held-out prompts; of the type of `prompts` if they say none."
     )
     reward: RewardSettings = Field(
-        description="A function, package.module:function; or the fields of another source."
+        description="What scores completions: `package.module:function`, importable from here, or"
+        " one of reward.function, model, classifier, command, url and interface."
     )
     eval_generation: GenerationSettings | None = Field(
         default=None, description="How the policy samples in evaluations; the same by default."
     )
+
+    def check_temperature(self, name: str, settings: PolicySettings | DPOSettings) -> None:
+        """Raises ValueError where an algorithm is told another temperature than the sampler's."""
+        asked = "temperature" in settings.model_fields_set
+        if asked and settings.temperature != self.generation.temperature:
+            raise ValueError(
+                f"{name}.temperature={settings.temperature} is not generation.temperature="
+                f"{self.generation.temperature}: leave the first out, it follows the second"
+            )

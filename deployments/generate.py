@@ -21,6 +21,7 @@ from rlhf_flows.deployments.rewards import ask_reward, reward_module
 from rlhf_flows.engines import EvalEngine
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.flow import RunResult
+from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.reward_settings import RewardSettings
 from rlhf_flows.store import open_store
 
@@ -49,7 +50,7 @@ def build(config: GenerateConfig) -> EvalEngine:
     """The engine that the configuration describes."""
     if config.output is not None:
         _check_output(Path(config.output))
-    models = [config.policy()]
+    models: list[BaseModule] = [config.policy()]
     if config.reward is not None:
         models.append(reward_module(config))
     engine = EvalEngine(models, name="generate")

@@ -35,6 +35,13 @@ class OnlineDPOConfig(ReinforcementFields):
 
     runtime: OnlineDPORuntime = Field(default_factory=OnlineDPORuntime)
     dpo: DPOSettings = Field(default_factory=DPOSettings)
+    reference_ema: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="After each episode the reference moves this far towards the policy (eta of"
+        " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
+    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -43,12 +50,7 @@ class OnlineDPOConfig(ReinforcementFields):
                 "generation.temperature is 0: all completions of a prompt would be the same, and"
                 " none the best; 1.0 is usual"
             )
-        asked = "temperature" in self.dpo.model_fields_set
-        if asked and self.dpo.temperature != self.generation.temperature:
-            raise ValueError(
-                f"dpo.temperature={self.dpo.temperature} is not generation.temperature="
-                f"{self.generation.temperature}: leave the first out, it follows the second"
-            )
+        self.check_temperature("dpo", self.dpo)
         return self
 
 
@@ -57,11 +59,12 @@ def build(config: OnlineDPOConfig) -> OnlineDPOEngine:
     temperature = config.generation.temperature
     settings = config.dpo.model_copy(update={"temperature": temperature})
     engine = OnlineDPOEngine(
-        config.policy(eval_generation=config.eval_generation),
+        config.policy(eval_generation=config.eval_generation, eval_prompts=config.eval_prompts),
         Reference("reference", path=config.folder, temperature=temperature, dtype=config.dtype),
         reward_module(config),
         OnlineDPOTrainer("trainer", dpo=settings, **config.trainer_arguments),
         name="online_dpo",
+        reference_ema=config.reference_ema,
     ).configure(config)
     engine.set_dataset(config.prompts.path)
     if config.eval_prompts is not None:

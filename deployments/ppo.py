@@ -40,6 +40,13 @@ class PPOConfig(ReinforcementFields):
 
     runtime: PPORuntime = Field(default_factory=PPORuntime)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
+    reference_ema: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="After each episode the reference moves this far towards the policy (eta of"
+        " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
+    )
     value_model: str | None = Field(
         default=None,
         description="What the value starts from; by default the reward model, or else the model."
@@ -55,12 +62,7 @@ class PPOConfig(ReinforcementFields):
             raise ValueError(
                 "generation.temperature is 0: PPO learns from what sampling varies; 1.0 is usual"
             )
-        asked = "temperature" in self.ppo.model_fields_set
-        if asked and self.ppo.temperature != self.generation.temperature:
-            raise ValueError(
-                f"ppo.temperature={self.ppo.temperature} is not generation.temperature="
-                f"{self.generation.temperature}: leave the first out, it follows the second"
-            )
+        self.check_temperature("ppo", self.ppo)
         return self
 
 
@@ -70,7 +72,7 @@ def build(config: PPOConfig) -> RLHFEngine:
     value = config.value_model or config.reward.model or config.model
     value_path = model_folder(value, config.store)
     engine = RLHFEngine(
-        config.policy(eval_generation=config.eval_generation),
+        config.policy(eval_generation=config.eval_generation, eval_prompts=config.eval_prompts),
         Reference(
             "reference",
             path=config.folder,
@@ -90,6 +92,7 @@ def build(config: PPOConfig) -> RLHFEngine:
             },
         ),
         name="ppo",
+        reference_ema=config.reference_ema,
     ).configure(config)
     engine.set_dataset(config.prompts.path)
     if config.eval_prompts is not None:

@@ -29,6 +29,7 @@ from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
 from rlhf_flows.models.tiny import build_tiny_qwen2
+from rlhf_flows.reward_settings import RewardSettings
 from rlhf_flows.services.environment import cache_folder
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 from rlhf_flows.store import check_run_name
@@ -104,7 +105,7 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
         runtime=GRPORuntime.model_validate(config.runtime.model_dump()),
         model=str(model),
         prompts=DatasetSettings(path="prompts of sort_digits"),
-        reward=REWARD,
+        reward=RewardSettings(function=REWARD),
         generation=GenerationSettings(max_new_tokens=sort_digits.MAX_NEW_TOKENS),
         # One engine step after another on fresh samples: the sampler's own logprobs serve as the
         # old ones, and save a pass.

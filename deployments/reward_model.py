@@ -28,7 +28,7 @@ class RewardModelConfig(TrainingFields):
         " {prompt, pos_answers, neg_answers}."
     )
     eval_dataset: DatasetSettings | None = Field(
-        default=None, description="Held-out preferences, in the same form."
+        default=None, description="Held-out preferences; of the type of `dataset` if they say none."
     )
     runtime: PairsRuntime = Field(default_factory=PairsRuntime)
     reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
@@ -40,14 +40,19 @@ def build(config: RewardModelConfig) -> RewardModelEngine:
         "trainer",
         settings=config.reward_model,
         chat_template=config.chat_template,
+        dataset=config.dataset.type,
+        dataset_args=config.dataset.args,
         **config.trainer_arguments,
     )
+    held_out = config.eval_dataset or config.dataset
     follower = RewardModel(
         "reward",
         path=config.folder,
         settings=config.reward_model,
         dtype=config.dtype,
         chat_template=config.chat_template,
+        dataset=held_out.type or config.dataset.type,
+        dataset_args=held_out.args or config.dataset.args,
     )
     engine = RewardModelEngine(trainer, follower, name="reward_model").configure(config)
     engine.set_dataset(config.dataset.path)

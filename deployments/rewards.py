@@ -4,53 +4,40 @@ anything starts.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
-from rlhf_flows.config import StoreConfig
 from rlhf_flows.data.rows import load_rows
-from rlhf_flows.dataset_settings import DatasetSettings
+from rlhf_flows.deployments.fields import SamplingFields
 from rlhf_flows.deployments.model_folders import model_folder
-from rlhf_flows.models.reward_sources import build_reward
+from rlhf_flows.models.reward_sources import build_reward, check_reward
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.reward_settings import RewardSettings
 
 __all__ = ["ask_reward", "reward_module"]
 
 
-class Rewarded(Protocol):
-    """What is asked of a configuration."""
-
-    @property
-    def reward(self) -> RewardSettings | None: ...
-    @property
-    def prompts(self) -> DatasetSettings: ...
-    @property
-    def store(self) -> StoreConfig: ...
-    @property
-    def dtype(self) -> Any: ...
-
-
-def reward_module(config: Rewarded) -> BaseModule:
+def reward_module(config: SamplingFields) -> BaseModule:
     """The module, by the name of "reward". Raises UserError where its source is not there."""
-    settings = config.reward
-    assert settings is not None
-    if settings.model is not None:
-        folder = model_folder(settings.model, config.store)
-        settings = settings.model_copy(update={"model": str(folder)})
-    return build_reward(settings, name="reward", dtype=config.dtype)
+    return build_reward(
+        _settings(config), name="reward", policy_path=config.folder, dtype=config.dtype
+    )
 
 
-def ask_reward(config: Rewarded) -> None:
-    """Asks for the reward of an empty completion of the first prompt, where no model is needed.
+def ask_reward(config: SamplingFields) -> None:
+    """Asks for the reward of an empty completion of the first prompt, as `check_reward` does.
 
     Raises UserError where it fails, or returns what is no reward; with the row and the cause.
     """
-    settings = config.reward
-    assert settings is not None
-    if settings.model or settings.classifier or settings.interface:
-        return  # their folders and arguments were checked; they score in a worker only
-    row = load_rows(config.prompts.path)[0]
-    sample = {name: [value] for name, value in row.items()}
-    reward_module(config).forward_step(
-        {**sample, "prompt": [str(row["prompt"])], "completion": [""], "seed": [0]}
-    )
+    policy = config.policy()
+    rows: Sequence[Any] = load_rows(config.prompts.path, fields=policy.row_fields())[:1]
+    if config.prompts.type is not None:  # the reward sees what that makes of a row
+        rows = [policy.build_dataset(rows)[0]]
+    check_reward(_settings(config), rows)
+
+
+def _settings(config: SamplingFields) -> RewardSettings:
+    settings: RewardSettings = config.reward  # type: ignore[attr-defined]  # of both subclasses
+    if settings.model is None:
+        return settings
+    return settings.model_copy(update={"model": str(model_folder(settings.model, config.store))})

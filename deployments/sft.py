@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import Field
 
-from rlhf_flows.config import EngineConfig, RuntimeConfig
+from rlhf_flows.config import RuntimeConfig
 from rlhf_flows.dataset_settings import DatasetSettings
+from rlhf_flows.deployments.fields import TrainingFields
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import SFTEngine
 from rlhf_flows.flow import RunResult
 from rlhf_flows.models.sft_trainer import SFTTrainer
-from rlhf_flows.settings import OptimizerSettings, SFTSettings
+from rlhf_flows.settings import SFTSettings
 
 __all__ = ["RECIPE", "SFTConfig", "build", "sft"]
 
@@ -29,41 +30,26 @@ class SFTRuntime(RuntimeConfig):
     )
 
 
-class SFTConfig(EngineConfig):
+class SFTConfig(TrainingFields):
     """What `rlhf-flows train sft` can be asked for."""
 
-    model: str = Field(description="A local Hugging Face folder: model and tokenizer.")
     dataset: DatasetSettings = Field(
-        description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages)"
-        " and `completion` or `answer`; with `type`, of whatever that takes."
+        description="Demonstrations: rows with `prompt` (text or chat messages) and `answer` or"
+        " `completion`. With `type`, of whatever that takes."
     )
     runtime: SFTRuntime = Field(default_factory=SFTRuntime)
     sft: SFTSettings = Field(default_factory=SFTSettings)
-    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the weights.")
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one pass.")
-    gradient_checkpointing: bool = Field(
-        default=False, description="Recompute activations: less memory, a third more time."
-    )
-    chat_template: bool | None = Field(
-        default=None,
-        description="Render prompts by the chat template; by default chat messages only.",
-    )
 
 
 def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:
-    """The engine that the configuration describes."""
+    """The engine that the configuration describes; rows may be given in place of a file."""
     trainer = SFTTrainer(
         "trainer",
-        path=config.model,
-        optimizer=config.optimizer,
         sft=config.sft,
-        micro_batch_tokens=config.micro_batch_tokens,
-        dtype=config.dtype,
-        gradient_checkpointing=config.gradient_checkpointing,
         chat_template=config.chat_template,
         dataset=config.dataset.type,
         dataset_args=config.dataset.args,
+        **config.trainer_arguments,
     )
     engine = SFTEngine(trainer, name="sft").configure(config)
     return engine.set_dataset(config.dataset.path if dataset is None else dataset)

@@ -1,22 +1,65 @@
-"""What a configuration says of a reward: a function, model, program, service, or one's own."""
+"""What a configuration says of a reward: a function, model, program, service, or one's own.
+
+The decision here: no secret is a field. A service's token is named by the environment variable that
+holds it (`token_env`), and read on the worker: what is written here goes into run.json, into the
+actors' specification and into Prefect's database.
+"""
 
 from __future__ import annotations
 
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, JsonValue, SecretStr, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from rlhf_flows.settings import Settings
 
-__all__ = ["RewardSettings"]
+__all__ = ["OnFailure", "RewardSettings", "ScoredText"]
+
+OnFailure = Literal["stop", "score"]
+ScoredText = Literal["whole", "completion", "pair"]
 
 SOURCES = ("function", "model", "classifier", "command", "url", "interface")
+
+_OF = {
+    "label": ("classifier",),
+    "scored_text": ("classifier",),
+    "environment": ("command",),
+    "memory_mb": ("command",),
+    "token_env": ("url",),
+    "request_size": ("url",),
+    "retries": ("url",),
+    "args": ("interface",),
+    "timeout_s": ("function", "command", "url"),
+    "max_concurrency": ("function", "command", "url"),
+    "on_failure": ("function", "classifier", "command", "url"),
+    "failure_reward": ("function", "classifier", "command", "url"),
+}
+"""Which sources a field has a meaning for."""
+
+
+def _or_a_name(schema: dict[str, Any]) -> None:
+    """Forms and deployments, which check by the schema, take a function's name alone, too."""
+    fields = dict(schema)
+    schema.clear()
+    schema["title"] = fields["title"]
+    schema["anyOf"] = [{"type": "string", "title": "package.module:function"}, fields]
 
 
 class RewardSettings(Settings):
     """Exactly one source. In place of the fields, a function's name alone may be given:
     `reward=package.module:function`.
     """
+
+    model_config = ConfigDict(json_schema_extra=_or_a_name)
 
     function: str | None = Field(
         default=None, description="A function of yours: package.module:function."
@@ -35,16 +78,37 @@ class RewardSettings(Settings):
         description="Of a classifier: the label whose logit is the reward, by name or number; the"
         " last one by default.",
     )
+    scored_text: ScoredText = Field(
+        default="whole",
+        description="What a classifier reads: prompt and completion as one text, the completion"
+        " alone, or both as a pair of texts.",
+    )
     command: tuple[str, ...] | None = Field(
         default=None,
         description="A program and its arguments, started once for each sample, which it reads as"
         " JSON from standard input; it writes the reward to standard output.",
     )
+    environment: tuple[str, ...] = Field(
+        default=(),
+        description="Environment variables of the worker that the command is given, by name,"
+        " besides PATH, HOME, TMPDIR and LANG.",
+    )
+    memory_mb: int = Field(
+        default=1024, ge=16, description="Most memory of a command, with all it starts, in MiB."
+    )
     url: str | None = Field(
         default=None, description="An HTTP service that is sent samples as JSON by POST."
     )
-    token: SecretStr | None = Field(
-        default=None, description="Of the service: sent as a bearer token."
+    token_env: str | None = Field(
+        default=None,
+        description="Of a service: the environment variable of the worker that holds its token,"
+        " sent as a bearer token. The token itself is never part of a configuration.",
+    )
+    request_size: int = Field(
+        default=16, ge=1, description="Most samples in one request to a service."
+    )
+    retries: int = Field(
+        default=3, ge=0, description="Further tries of a request that failed for a passing cause."
     )
     interface: str | None = Field(
         default=None, description="An interface that is registered, or package.module:Class."
@@ -52,17 +116,19 @@ class RewardSettings(Settings):
     args: dict[str, JsonValue] = Field(
         default_factory=dict, description="Arguments of an interface, by name."
     )
-    timeout_s: float = Field(default=60.0, gt=0, description="Longest that one call may take.")
-    memory_mb: int = Field(
-        default=1024, ge=16, description="Most memory of a command, with all it starts."
+    timeout_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="Longest that one call, command or request may take; 60 by default. A function"
+        " that is not async is stopped where this is given, or on_failure=score.",
     )
-    max_concurrency: int = Field(
-        default=8, ge=1, description="Commands, or requests to a service, at the same time."
+    max_concurrency: int | None = Field(
+        default=None,
+        ge=1,
+        description="Calls of an async function (64 by default), commands (one for each thread of"
+        " the worker) or requests (8) at the same time.",
     )
-    retries: int = Field(
-        default=3, ge=0, description="Further tries of a request that failed for a passing cause."
-    )
-    on_failure: Literal["stop", "score"] = Field(
+    on_failure: OnFailure = Field(
         default="stop",
         description="A sample whose reward fails ends the run, or is given failure_reward and"
         " keeps the cause in its column reward_failure.",
@@ -74,6 +140,27 @@ class RewardSettings(Settings):
     def _from_function(cls, value: Any) -> Any:
         return {"function": value} if isinstance(value, str) else value
 
+    @field_validator("url")
+    @classmethod
+    def _holds_no_secret(cls, value: str | None) -> str | None:
+        if value is not None and "@" in urlsplit(value).netloc:
+            raise ValueError(
+                "the url of a reward holds a user name or password, which would be kept with the"
+                " run: put the token into an environment variable of the workers, and name that as"
+                " token_env"
+            )
+        return value
+
+    @field_validator("command", mode="before")
+    @classmethod
+    def _is_split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            raise ValueError(
+                f"the command of a reward is the text {value!r}, expected a list of the program"
+                f" and its arguments, such as {value.split()}: no shell reads it"
+            )
+        return value
+
     @model_validator(mode="after")
     def _one_source(self) -> Self:
         given = [name for name in SOURCES if getattr(self, name) is not None]
@@ -82,4 +169,22 @@ class RewardSettings(Settings):
                 f"a reward needs one of {', '.join(SOURCES)}, found"
                 f" {' and '.join(given) or 'none of them'}"
             )
+        for name, sources in _OF.items():
+            default = type(self).model_fields[name].get_default(call_default_factory=True)
+            if given[0] not in sources and getattr(self, name) != default:
+                raise ValueError(
+                    f"reward.{name} has no meaning for a {given[0]}: it is for"
+                    f" {' and '.join(sources)}, so leave it out"
+                )
         return self
+
+    @property
+    def source(self) -> str:
+        """The name of the one source that is given."""
+        return next(name for name in SOURCES if getattr(self, name) is not None)
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, handler: SerializerFunctionWrapHandler) -> Any:
+        # As runs of old have it in their run.json: a function alone is its name.
+        alone = self.function is not None and self == type(self)(function=self.function)
+        return self.function if alone else handler(self)

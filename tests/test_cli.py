@@ -25,6 +25,8 @@ def good(prompt, completion): return 1.0
 def raises(prompt, completion): raise KeyError("no such word")
 def nan(prompt, completion): return math.nan
 def text(prompt, completion): return "high"
+def hangs(completion):
+    while True: pass
 def short(prompts, completions): return [1.0] * (len(prompts) - 1)
 def needs_answer(prompt, completion, answer): return 1.0
 """
@@ -82,6 +84,24 @@ WRONG = {
     "reward is text": (["reward=rewards_of_test:text"], ["high"]),
     "rewards too few": (["reward=rewards_of_test:short"], ["0", "1"]),
     "reward wants a column": (["reward=rewards_of_test:needs_answer"], ["answer"]),
+    "no reward at all": (["reward={}"], ["a reward needs one of function, model, classifier"]),
+    "reward field unknown": (["reward={urll: x}"], ["reward.urll", "reward.url"]),
+    "reward program missing": (
+        ["reward={command: [no-such-program]}"],
+        ["no-such-program", "PATH"],
+    ),
+    "reward program fails": (["reward={command: ['false']}"], ["status 1", "1+1="]),
+    "reward service away": (
+        ["reward={url: 'http://127.0.0.1:9/', retries: 0, on_failure: score}"],
+        ["http://127.0.0.1:9/", "cannot be reached"],
+    ),
+    "reward is no classifier": (["reward={classifier: model}"], ["Qwen2ForCausalLM"]),
+    "reward model missing": (["reward={model: nowhere}"], ["no model folder at", "nowhere"]),
+    "reward interface unknown": (["reward={interface: juge}"], ["reward interface 'juge'"]),
+    "reward hangs": (
+        ["reward={function: 'rewards_of_test:hangs', timeout_s: 0.2}"],
+        ["took longer than 0.2 s", "1+1="],
+    ),
     "group of one": (["runtime.num_inference_per_prompt=1"], ["at least 2"]),
     "more tokens than it takes": (["generation.max_new_tokens=64"], ["64", "max_new_tokens"]),
     "prompt too long": (["generation.max_new_tokens=61"], ["prompts.jsonl, line 1", "tokens"]),

@@ -52,6 +52,8 @@ COLUMNS: tuple[Column, ...] = (
     ),
     _column("finish_reason", "str", "rollout", "stop, or length for a truncated completion"),
     _column("reward", "float32", "scoring", "reward of the whole sample"),
+    _column("reward_failure", "str", "scoring", "why the reward failed; null where it did not"),
+    _column("reward_failed", "bool", "scoring", "whether it did, with on_failure=score"),
     _column(
         "reference_logprobs",
         "float32",

@@ -9,8 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_flows.models.classifier_reward import ClassifierReward
+    from rlhf_flows.models.command_reward import CommandReward
     from rlhf_flows.models.dpo_trainer import DPOTrainer
     from rlhf_flows.models.function_reward import FunctionReward
+    from rlhf_flows.models.http_reward import HTTPReward
     from rlhf_flows.models.online_dpo_trainer import OnlineDPOTrainer
     from rlhf_flows.models.policy_trainer import PolicyTrainer
     from rlhf_flows.models.ppo_policy_trainer import PPOPolicyTrainer
@@ -25,8 +28,11 @@ if TYPE_CHECKING:
     from rlhf_flows.models.vllm_policy import VLLMPolicy
 
 __all__ = [
+    "ClassifierReward",
+    "CommandReward",
     "DPOTrainer",
     "FunctionReward",
+    "HTTPReward",
     "OnlineDPOTrainer",
     "PPOPolicyTrainer",
     "PolicyTrainer",
@@ -42,8 +48,11 @@ __all__ = [
 ]
 
 _HOMES = {
+    "ClassifierReward": "classifier_reward",
+    "CommandReward": "command_reward",
     "DPOTrainer": "dpo_trainer",
     "FunctionReward": "function_reward",
+    "HTTPReward": "http_reward",
     "OnlineDPOTrainer": "online_dpo_trainer",
     "PPOPolicyTrainer": "ppo_policy_trainer",
     "PolicyTrainer": "policy_trainer",

@@ -1,40 +1,37 @@
 """`FunctionReward`: a Python function scores completions.
 
 Calls it (per sample or per batch, sync or async) and checks what it returns. The decision here: a
-reward is checked where it is made. NaN, what is no number, or a list of the wrong length is the
-user's mistake and ends the shard with the sample and the cause in one message, long before it could
-become a gradient. Random numbers that the function draws are seeded from the sample's own seed, so
-that a shard scored again has the same rewards.
+reward is checked where it is made (reward_results.py). NaN, what is no number, or a list of the
+wrong length is known with the sample and the cause in one message, long before it could become a
+gradient. Random numbers that the function draws are seeded from the sample's own seed, so that a
+shard scored again has the same rewards.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 import random
 import sys
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from rlhf_flows.data.batch import Batch, batch_size
-from rlhf_flows.errors import ConfigError, RewardError, WaitTimeoutError
-from rlhf_flows.models.reward_function import RewardFunction, row_values
+from rlhf_flows.data.batch import Batch
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.models.call_limit import OutOfTimeError, call_within
+from rlhf_flows.models.event_loop import run_to_end
+from rlhf_flows.models.reward_function import RewardFunction
+from rlhf_flows.models.reward_results import Failed, Scoring
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.reward_settings import OnFailure
 
 __all__ = ["FunctionReward"]
 
-
-TEXTS = ("prompt", "completion")
+DEFAULT_TIMEOUT_S = 60.0
 
 
 class FunctionReward(BaseModule):
@@ -46,7 +43,9 @@ class FunctionReward(BaseModule):
         *,
         function: str | Callable[..., Any],
         max_concurrency: int = 64,
-        timeout_s: float = 60.0,
+        timeout_s: float | None = None,
+        on_failure: OnFailure = "stop",
+        failure_reward: float = 0.0,
     ) -> None:
         """
         Args:
@@ -56,12 +55,21 @@ class FunctionReward(BaseModule):
                 named `prompts` or `completions`, or marked by `@batch_reward`, it gets lists and
                 returns a list of either, or a dict of lists.
             max_concurrency: most calls of an async function in flight.
-            timeout_s: longest an async call may take. A sync one is bounded by the shard's limit.
+            timeout_s: longest that a call may take; 60 by default. A sync function is stopped (see
+                call_limit.py for what cannot be) where this is given, or on_failure is "score";
+                else it is bounded by the shard's limit alone.
+            on_failure: "stop": a sample for which the function raises, takes too long or returns
+                no finite number ends the run. "score": it gets `failure_reward`, and its cause
+                stands in the column `reward_failure`. A function of a batch that raises fails for
+                all of it, which ends the run either way.
         """
         super().__init__(name)
         self.function = function
         self.max_concurrency = max_concurrency
-        self.timeout_s = timeout_s
+        self.timeout_s = DEFAULT_TIMEOUT_S if timeout_s is None else timeout_s
+        self.sync_timeout_s = timeout_s if on_failure == "stop" else self.timeout_s
+        self.on_failure: OnFailure = on_failure
+        self.failure_reward = failure_reward
         self._found: RewardFunction | None = None
 
     def validate(self) -> None:
@@ -71,6 +79,7 @@ class FunctionReward(BaseModule):
                 f"module {self.name!r} has max_concurrency {self.max_concurrency} and timeout_s"
                 f" {self.timeout_s}, expected at least 1 and more than 0"
             )
+        Scoring.check(self.name, on_failure=self.on_failure, failure_reward=self.failure_reward)
         RewardFunction.find(self.function)
 
     def fingerprint(self) -> bytes:
@@ -88,105 +97,92 @@ class FunctionReward(BaseModule):
 
         Raises:
             RewardError: the function raises, or returns what is no reward.
-            WaitTimeoutError: an async call took longer than `timeout_s`.
+            WaitTimeoutError: a call took longer than `timeout_s`.
         """
         function = self._found or RewardFunction.find(self.function)
-        num_samples = batch_size(data)
-        if num_samples == 0:
-            return {"reward": torch.zeros(0)}
-        columns = {name: row_values(column) for name, column in data.items()}
-        picked = function.pick(columns)
-        seeds = columns.get("seed") or [self.context.seed] * num_samples
-        calls = _Calls(function=function, columns=columns, module=self.name)
+        scoring = Scoring(
+            data,
+            label=f"reward {function.label!r} of module {self.name!r}",
+            on_failure=self.on_failure,
+            failure_reward=self.failure_reward,
+        )
+        if not scoring.num_samples:
+            return scoring.columns_of([])
+        picked = function.pick(scoring.columns)
         with _random_state_kept():
-            if function.takes_batch:
-                _seed(seeds[0])
-                returned = calls.guarded(None, function.call, picked)
-                if inspect.isawaitable(returned):
-                    returned = _run(self._in_time(returned, None, calls))
-                rows = _rows_of_batch(returned, num_samples, calls)
-            elif function.is_async:
-                _seed(seeds[0])
-                rows = _run(self._all_samples(function, picked, num_samples, calls))
-            else:
-                rows = []
-                for i in range(num_samples):
-                    _seed(seeds[i])
-                    rows.append(calls.guarded(i, function.call, _row(picked, i)))
-        return _columns(rows, taken=data, calls=calls)
+            return scoring.columns_of(self._rows(function, picked, scoring))
+
+    def _rows(
+        self, function: RewardFunction, picked: dict[str, list[Any]], scoring: Scoring
+    ) -> list[Any]:
+        seeds = scoring.columns.get("seed") or [self.context.seed] * scoring.num_samples
+        if not (function.takes_batch or function.is_async):
+            rows = []
+            for i, seed in enumerate(seeds):
+                _seed(seed)
+                rows.append(self._guarded(function, _row(picked, i), i, scoring))
+            return rows
+        _seed(seeds[0])
+        if function.takes_batch:
+            returned = self._guarded(function, picked, None, scoring)
+            if inspect.isawaitable(returned):
+                returned = run_to_end(self._in_time(returned, None, scoring))
+            if isinstance(returned, Failed):
+                return [returned] * scoring.num_samples
+            return scoring.one_for_each(returned)
+        return run_to_end(self._all_samples(function, picked, scoring))
+
+    def _guarded(
+        self, function: RewardFunction, arguments: dict[str, Any], i: int | None, scoring: Scoring
+    ) -> Any:
+        try:
+            return call_within(self.sync_timeout_s, lambda: function.call(**arguments))
+        except OutOfTimeError as e:
+            return self._too_long(i, e, scoring)
+        except Exception as e:  # user code may raise anything
+            return _raised(i, e, scoring)
 
     async def _all_samples(
-        self, function: RewardFunction, picked: dict[str, Any], num_samples: int, calls: _Calls
+        self, function: RewardFunction, picked: dict[str, list[Any]], scoring: Scoring
     ) -> list[Any]:
         gate = asyncio.Semaphore(self.max_concurrency)
 
         async def one(i: int) -> Any:
             async with gate:
-                return await self._in_time(function.call(**_row(picked, i)), i, calls)
+                return await self._in_time(function.call(**_row(picked, i)), i, scoring)
 
-        return await asyncio.gather(*(one(i) for i in range(num_samples)))
+        return await asyncio.gather(*(one(i) for i in range(scoring.num_samples)))
 
-    async def _in_time(self, call: Awaitable[Any], i: int | None, calls: _Calls) -> Any:
+    async def _in_time(self, call: Awaitable[Any], i: int | None, scoring: Scoring) -> Any:
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
                 return await call
         except TimeoutError as e:
-            if not limit.expired():
-                raise calls.failed(i, e) from e
-            raise WaitTimeoutError(
-                f"reward {calls.function.label!r} of module {self.name!r} took longer than"
-                f" {self.timeout_s} s for {calls.where(i)}: raise timeout_s, or look at what it"
-                " waits for"
-            ) from e
+            return self._too_long(i, e, scoring) if limit.expired() else _raised(i, e, scoring)
         except Exception as e:  # user code may raise anything
-            raise calls.failed(i, e) from e
+            return _raised(i, e, scoring)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Calls:
-    """The calls on one shard: what their errors have to say."""
-
-    function: RewardFunction
-    module: str
-    columns: Mapping[str, list[Any]]
-
-    @property
-    def label(self) -> str:
-        return f"reward {self.function.label!r} of module {self.module!r}"
-
-    def where(self, i: int | None) -> str:
-        """The sample, with its prompt and completion; all of them for None."""
-        if i is None:
-            return f"a batch of {len(next(iter(self.columns.values())))} samples"
-        name = self.columns["sample_id"][i] if "sample_id" in self.columns else f"row {i}"
-        texts = [f"{c} {_short(self.columns[c][i])}" for c in TEXTS if c in self.columns]
-        return f"sample {name}" + (f" ({', '.join(texts)})" if texts else "")
-
-    def failed(self, i: int | None, cause: BaseException) -> RewardError:
-        return RewardError(
-            f"{self.label} raised {type(cause).__name__}: {cause}, for {self.where(i)}. Make it"
-            " return a number for every completion a model may write"
+    def _too_long(self, i: int | None, cause: Exception, scoring: Scoring) -> Failed:
+        return scoring.fail(
+            i,
+            f"took longer than {self.timeout_s:g} s",
+            hint="Raise timeout_s, or look at what it waits for",
+            cause=cause,
+            may_pass=True,
         )
 
-    def wrong(self, i: int | None, what: str) -> RewardError:
-        return RewardError(f"{self.label} {what}, for {self.where(i)}")
 
-    def guarded(self, i: int | None, call: Callable[..., Any], arguments: dict[str, Any]) -> Any:
-        try:
-            return call(**arguments)
-        except Exception as e:  # user code may raise anything
-            raise self.failed(i, e) from e
-
-
-def _short(text: Any) -> str:
-    return text_of if len(text_of := repr(text)) <= 120 else f"{text_of[:117]}..."
+def _raised(i: int | None, cause: Exception, scoring: Scoring) -> Failed:
+    return scoring.fail(
+        i,
+        f"raised {type(cause).__name__}: {cause}",
+        hint="Make it return a number for every completion a model may write",
+        cause=cause,
+    )
 
 
 def _row(picked: Mapping[str, list[Any]], i: int) -> dict[str, Any]:
     return {name: values[i] for name, values in picked.items()}
-
-
-# ---- random numbers, event loops ------------------------------------------------------------
 
 
 def _seed(seed: int) -> None:
@@ -202,74 +198,3 @@ def _random_state_kept() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
-
-
-def _run(work: Coroutine[Any, Any, Any]) -> Any:
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        return asyncio.run(work)
-    # A loop runs in this thread already (a notebook, an async worker): take another thread.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(asyncio.run, work).result()
-
-
-# ---- what came back -------------------------------------------------------------------------
-
-
-def _rows_of_batch(returned: Any, num_samples: int, calls: _Calls) -> list[Any]:
-    """A list of numbers or dicts, or a dict of lists of numbers, as one value per sample."""
-    if isinstance(returned, Mapping):
-        lists = {key: _rows_of_batch(v, num_samples, calls) for key, v in returned.items()}
-        return [{key: values[i] for key, values in lists.items()} for i in range(num_samples)]
-    if isinstance(returned, Tensor | np.ndarray):
-        returned = returned.tolist()
-    if isinstance(returned, str) or not isinstance(returned, Sequence):
-        raise calls.wrong(
-            None, f"returned {_short(returned)}, expected a list of {num_samples} numbers"
-        )
-    if len(returned) != num_samples:
-        raise calls.wrong(
-            None, f"returned {len(returned)} values, expected one for each of {num_samples} samples"
-        )
-    return list(returned)
-
-
-def _columns(rows: Sequence[Any], *, taken: Mapping[str, Any], calls: _Calls) -> Batch:
-    """[B] float32 columns of the numbers that each sample was given."""
-    numbers = [_numbers(row, i, calls) for i, row in enumerate(rows)]
-    names = list(numbers[0])
-    for i, row in enumerate(numbers):
-        if row.keys() != numbers[0].keys():
-            odd = sorted(row.keys() ^ numbers[0].keys())
-            raise calls.wrong(
-                i,
-                f"returned the keys {sorted(row)} and elsewhere {sorted(names)}: give {odd[0]!r}"
-                " for every sample or for none",
-            )
-    clash = sorted(set(names) & set(taken))
-    if clash:
-        raise calls.wrong(
-            None, f"returned a number named {clash[0]!r}, which is a column already: rename it"
-        )
-    return {
-        name: torch.tensor([row[name] for row in numbers], dtype=torch.float32) for name in names
-    }
-
-
-def _numbers(row: Any, i: int, calls: _Calls) -> dict[str, float]:
-    if not isinstance(row, Mapping):
-        return {"reward": _number("reward", row, i, calls)}
-    if "reward" not in row:
-        raise calls.wrong(i, f"returned a dict of {sorted(map(str, row))}, without 'reward'")
-    return {str(key): _number(str(key), value, i, calls) for key, value in row.items()}
-
-
-def _number(key: str, value: Any, i: int, calls: _Calls) -> float:
-    if isinstance(value, Tensor | np.ndarray) and math.prod(value.shape) == 1:
-        value = value.item()
-    if not isinstance(value, Real):
-        raise calls.wrong(i, f"returned {_short(value)} as {key!r}, expected a number")
-    if not math.isfinite(value):
-        raise calls.wrong(i, f"returned {value} as {key!r}, expected a finite number")
-    return float(value)

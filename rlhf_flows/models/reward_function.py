@@ -14,8 +14,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor
-
 from rlhf_flows.errors import RewardError
 from rlhf_flows.registry import import_object
 
@@ -119,13 +117,6 @@ class RewardFunction:
             if column in columns:
                 picked[name] = columns[column]
         return picked
-
-
-def row_values(column: Any) -> list[Any]:
-    """The values of a column, one per sample: numbers of a [B] tensor as Python numbers."""
-    if isinstance(column, Tensor):
-        return column.tolist() if column.ndim == 1 else list(column)
-    return list(column)
 
 
 def _label(function: Any) -> str:

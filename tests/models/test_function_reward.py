@@ -3,7 +3,11 @@ from __future__ import annotations
 import asyncio
 import pickle
 import random
+import re
+import signal
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +217,7 @@ def test_a_call_that_takes_too_long_may_be_tried_again() -> None:
         await asyncio.sleep(60 if completion == "xx" else 0)
         return 0
 
-    with pytest.raises(WaitTimeoutError, match=r"longer than 0.05 s for sample e000000-r000001"):
+    with pytest.raises(WaitTimeoutError, match=r"longer than 0.05 s, for sample e000000-r000001"):
         scored(function, timeout_s=0.05)
 
 
@@ -233,3 +237,118 @@ def test_a_mended_function_has_another_fingerprint(
     assert FunctionReward("reward", function="mended_reward:reward").fingerprint() == before
     source.write_text("def reward(completion): return 2")
     assert FunctionReward("reward", function="mended_reward:reward").fingerprint() != before
+
+
+# ---- on_failure="score" ---------------------------------------------------------------------
+
+
+def returns_or_raises(completion: str, number: int) -> Any:
+    if number == 1:
+        raise KeyError("no such word")
+    return {"reward": float("nan") if number == 2 else number, "length": len(completion)}
+
+
+def test_samples_that_fail_get_the_failure_reward_and_keep_their_cause() -> None:
+    out = scored(returns_or_raises, on_failure="score", failure_reward=-1.0)
+    assert out["reward"].tolist() == [-1, -1, 3, 4]
+    assert out["length"].tolist() == [0, 0, 0, 4]  # 0 of those that failed
+    assert out["reward_failure"] == [
+        "raised KeyError: 'no such word'",
+        "returned nan as 'reward', expected a finite number",
+        None,
+        None,
+    ]
+    assert out["reward_failed"].tolist() == [True, True, False, False]
+
+
+def test_a_batch_that_fails_as_a_whole_is_an_outage_and_no_score() -> None:
+    def away(completion: str) -> float:
+        raise ConnectionError("the judge is away")
+
+    def all_away(completions: list[str]) -> list[float]:
+        raise ConnectionError("the judge is away")
+
+    for function in (away, all_away):
+        with pytest.raises(RewardError, match=r"all 4 samples.*outage.*the judge is away"):
+            scored(function, on_failure="score")
+    alone = scored(away, select(BATCH, [2]), on_failure="score", failure_reward=2.0)
+    assert alone["reward"].tolist() == [2.0], "one sample says nothing of an outage"
+
+
+def test_single_values_of_a_batch_function_fail_alone() -> None:
+    out = scored(lambda completions: [1, None, 10**400, 1e39], on_failure="score")
+    assert [cause is None for cause in out["reward_failure"]] == [True, False, False, False]
+    assert torch.isfinite(out["reward"]).all(), "what float32 cannot hold is no reward"
+
+
+def hangs_in_a_loop(completion: str) -> int:
+    while completion == "xx":
+        pass
+    return 1
+
+
+def hangs_in_a_regular_expression(completion: str) -> int:
+    return 1 if completion != "xx" else len(re.findall(r"(a+)+$", "a" * 40 + "b"))
+
+
+def hangs_and_catches(completion: str) -> int:
+    try:
+        return hangs_in_a_loop(completion)
+    except Exception:
+        return 2
+
+
+def waits(completion: str) -> int:
+    time.sleep(60 if completion == "xx" else 0)
+    return 1
+
+
+@pytest.mark.parametrize(
+    "function", [hangs_in_a_loop, hangs_in_a_regular_expression, hangs_and_catches, waits]
+)
+def test_a_plain_function_that_hangs_is_stopped_at_its_limit(function: Any) -> None:
+    began = time.monotonic()
+    out = scored(function, on_failure="score", timeout_s=0.2)
+    assert time.monotonic() - began < 5
+    assert out["reward"].tolist() == [1, 0, 1, 1]
+    assert out["reward_failure"][1] == "took longer than 0.2 s"
+    with pytest.raises(WaitTimeoutError, match=r"longer than 0.2 s, for sample .*r000001"):
+        scored(function, timeout_s=0.2)
+
+
+def test_a_function_is_stopped_outside_of_the_main_thread_too() -> None:
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        out = thread.submit(scored, hangs_and_catches, on_failure="score", timeout_s=0.2).result(
+            timeout=30
+        )
+        assert thread.submit(sum, range(100_000)).result() == 4999950000, "no late exception"
+    assert out["reward"].tolist() == [1, 0, 1, 1]
+
+
+def test_the_alarm_of_somebody_else_goes_on_after_a_limit() -> None:
+    handler, timer = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)
+    try:
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        mine = signal.getsignal(signal.SIGALRM)
+        signal.setitimer(signal.ITIMER_REAL, 1000.0, 7.0)
+        scored(lambda completion: time.sleep(0.05) or 1, timeout_s=5.0)
+        left_s, every_s = signal.getitimer(signal.ITIMER_REAL)
+        assert 900 < left_s <= 999.8
+        assert every_s == pytest.approx(7.0)
+        assert signal.getsignal(signal.SIGALRM) is mine
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, handler)
+
+
+@pytest.mark.parametrize(
+    "options", [{"on_failure": "ignore"}, {"on_failure": "score", "failure_reward": float("nan")}]
+)
+def test_ways_to_fail_that_do_not_exist_are_refused(options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="expected 'stop' or 'score', and a finite number"):
+        FunctionReward("reward", function=lambda completion: 1, **options).validate()
+
+
+def test_the_names_of_failures_are_not_free() -> None:
+    with pytest.raises(RewardError, match="'reward_failed', which is a column already"):
+        scored(lambda completion: {"reward": 1, "reward_failed": 0})
