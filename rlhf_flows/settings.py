@@ -286,6 +286,12 @@ class DPOSettings(_PairSettings):
     label_smoothing: float = Field(
         default=0.0, ge=0, lt=0.5, description="probability that a preference is wrong (cDPO)"
     )
+    sft_coef: float = Field(
+        default=0.0,
+        ge=0,
+        description="weight of the mean negative log-likelihood of the better completion's tokens,"
+        " which keeps it likely (arXiv 2404.19733, eq. 2); 0.1 to 1 is usual",
+    )
     temperature: float = Field(
         default=1.0, gt=0, description="the sampler's, online: logits are divided by it"
     )

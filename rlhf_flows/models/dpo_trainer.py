@@ -103,7 +103,11 @@ class DPOTrainer(CausalLMTrainer):
             kind=self.dpo.kind,
             label_smoothing=self.dpo.label_smoothing,
         )
-        loss = (data["pair_weight"].to(chosen.device) * found.loss).sum()
+        losses = found.loss
+        if self.dpo.sft_coef:
+            lengths = torch.tensor([len(ids) for ids in data["chosen_ids"]]).to(chosen)
+            losses = losses - self.dpo.sft_coef * chosen / lengths
+        loss = (data["pair_weight"].to(chosen.device) * losses).sum()
         distance = found.chosen_rewards - found.rejected_rewards
         sums = [
             loss.detach(), scored.new_tensor(len(chosen)), scored.new_tensor(len(scored)),

@@ -112,11 +112,13 @@ def logp_of(made: Any, prompt: Tensor, response: Tensor) -> Tensor:
 def naive_dpo(made: Any, data: Batch) -> Tensor:
     losses = []
     for i, prompt in enumerate(data["prompt_ids"]):
-        better = logp_of(made, prompt, data["chosen_ids"][i]) - data["reference_chosen_logprob"][i]
+        chosen = logp_of(made, prompt, data["chosen_ids"][i])
+        better = chosen - data["reference_chosen_logprob"][i]
         worse = (
             logp_of(made, prompt, data["rejected_ids"][i]) - data["reference_rejected_logprob"][i]
         )
-        losses.append(-torch.sigmoid(0.2 * (better - worse)).log())
+        dpo = -torch.sigmoid(0.2 * (better - worse)).log()
+        losses.append(dpo - 0.3 * chosen / len(data["chosen_ids"][i]))
     return torch.stack(losses).mean()
 
 
@@ -140,7 +142,7 @@ NAIVE = {
         naive_rewards,
         {"settings": RewardModelSettings(use_margin=True, center_coef=0.01)},
     ),
-    DPOTrainer: (naive_dpo, {"dpo": DPOSettings(beta=0.2)}),
+    DPOTrainer: (naive_dpo, {"dpo": DPOSettings(beta=0.2, sft_coef=0.3)}),
     OnlineDPOTrainer: (naive_online_dpo, {"dpo": DPOSettings(beta=0.2)}),
 }
 
