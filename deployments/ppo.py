@@ -80,7 +80,7 @@ def build(config: PPOConfig) -> RLHFEngine:
             dtype=config.dtype,
         ),
         reward_module(config),
-        ValueModel("value", path=value_path, dtype=config.dtype),
+        ValueModel("value", path=value_path, ppo=settings, dtype=config.dtype),
         PPOPolicyTrainer("ppo_policy", ppo=settings, **config.trainer_arguments),
         ValueTrainer(
             "ppo_value",

@@ -199,8 +199,10 @@ class PPOSettings(PolicySettings):
     kl_horizon: float = Field(
         default=10000.0, gt=0, description="of adaptive_kl: samples; a larger one changes it slower"
     )
+    score_bias: float = Field(default=0.0, description="taken off scores first")
+    score_scale: float = Field(default=1.0, gt=0, description="scores are then multiplied by it")
     score_clip: float | None = Field(
-        default=None, gt=0, description="bound scores to plus and minus this first; null: never"
+        default=None, gt=0, description="and bounded to plus and minus this; null: never"
     )
     gamma: float = Field(default=1.0, gt=0, le=1, description="discount of later rewards")
     lambda_: float = Field(

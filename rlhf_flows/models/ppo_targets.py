@@ -50,7 +50,7 @@ class PPOTargets:
     token_weight: Tensor
     """[T] with loss = (token_weight * token_loss).sum() over the global batch."""
     score: Tensor
-    """[B] the reward as it was used: with the penalty of truncation, clipped."""
+    """[B] the reward as it was used: shifted, scaled, with the penalty of truncation, clipped."""
     sequence_kl: Tensor
     """[B] estimated divergence of sampler and reference, summed over the tokens of a sample."""
     first_return: Tensor
@@ -114,6 +114,7 @@ def ppo_targets(
 def _scores(data: Batch, settings: PPOSettings, module: str) -> tuple[Tensor, Tensor]:
     """Scores [B] and which samples are trained [B]."""
     rewards = torch.as_tensor(_column(data, "reward", module)).to(torch.float32)
+    rewards = (rewards - settings.score_bias) * settings.score_scale
     if settings.truncation == "keep":
         return rewards, torch.ones(batch_size(data), dtype=torch.bool)
     return apply_truncation(

@@ -195,6 +195,11 @@ def test_what_a_batch_is_known_by(tiny: Path) -> None:
     made = trainer(PPOPolicyTrainer, tiny, ppo={"score_clip": 2.0, "gamma": 0.9, "kl_coef": 0.1})
     prepared = made.prepare_batch(data)
     assert torch.equal(prepared["score"], data["reward"].clamp(max=2.0))
+    scaled = trainer(
+        PPOPolicyTrainer, tiny, ppo={"score_bias": 0.5, "score_scale": 3.0, "score_clip": 2.0}
+    )
+    expected = ((data["reward"] - 0.5) * 3).clamp(-2.0, 2.0)
+    assert torch.equal(scaled.prepare_batch(data)["score"], expected)
     kl = [
         float((a - b).sum())
         for a, b in zip(data["behaviour_logprobs"], data["reference_logprobs"], strict=True)
