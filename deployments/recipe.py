@@ -108,15 +108,21 @@ class EngineRecipe(Recipe):
     next_steps: Callable[[Any, RunResult], Sequence[str]] = lambda config, result: ()
     """Commands to try after it, beside looking at the run."""
 
+    def engine(self, config: Any) -> Engine:
+        """What `build` makes of it, the user's own modules imported. Raises UserError."""
+        for module in config.imports:
+            load_module(module, asked_by=f"the module {module!r} of `imports`")
+        return self.build(config)
+
     def check(self, config: Any) -> None:
-        self.build(config).check()
+        self.engine(config).check()
         if self.ask is not None:
             self.ask(config)
 
     async def run(
         self, config: Any, /, *, progress: Progress | None = None, takeover: bool = False
     ) -> RecipeResult:
-        result = await self.build(config).alearn(progress=progress, takeover=takeover)
+        result = await self.engine(config).alearn(progress=progress, takeover=takeover)
         if self.finish is not None:
             await asyncio.to_thread(self.finish, config, result)
         sampler = getattr(config, "sampler", None)

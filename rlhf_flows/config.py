@@ -29,6 +29,7 @@ __all__ = [
 MAY_CHANGE = frozenset(
     {
         "run_name",
+        "imports",
         "store",
         "cluster",
         "log_level",
@@ -424,6 +425,11 @@ class EngineConfig(Settings):
     run_name: str | None = Field(
         default=None,
         description="Name of the run; an existing one is resumed. None makes a new one.",
+    )
+    imports: tuple[str, ...] = Field(
+        default=(),
+        description="Modules of yours that are imported first: what they register (datasets,"
+        " interfaces, families) is then known by its name.",
     )
     store: StoreConfig = Field(default_factory=StoreConfig)
     runtime_env: RuntimeEnvConfig = Field(default_factory=RuntimeEnvConfig)

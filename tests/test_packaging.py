@@ -78,12 +78,14 @@ def test_links_are_committed_as_links() -> None:
 
 def test_every_package_is_listed() -> None:
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    rooms = [path.parent.name for path in (ROOT / "rlhf_flows").glob("*/__init__.py")]
-    assert sorted(listed) == sorted(["rlhf_flows", *(f"rlhf_flows.{room}" for room in rooms)])
+    files = [
+        path for depth in ("", "*/", "*/*/") for path in ROOT.glob(f"rlhf_flows/{depth}__init__.py")
+    ]
+    assert sorted(listed) == sorted(".".join(path.relative_to(ROOT).parts[:-1]) for path in files)
 
 
 def test_wheel_holds_every_module_as_a_real_file(wheel: zipfile.ZipFile) -> None:
-    rooms = [ROOT / "rlhf_flows", *(ROOT / "rlhf_flows").glob("*/")]
+    rooms = [path for depth in ("", "*/", "*/*/") for path in ROOT.glob(f"rlhf_flows/{depth}")]
     ours = {str(path.relative_to(ROOT)) for room in rooms for path in room.glob("*.py")}
     packed = {info.filename: info for info in wheel.infolist()}
     assert ours <= packed.keys()

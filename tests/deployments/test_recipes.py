@@ -123,3 +123,27 @@ def test_a_registered_recipe_has_other_defaults_which_words_override() -> None:
 def test_what_is_no_recipe_is_refused(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_recipe(name)
+
+
+def test_what_a_users_module_registers_is_known_once_it_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_kinds.py").write_text(
+        "from rlhf_flows import ModelInterface, register_interface\n"
+        "class Flat(ModelInterface):\n"
+        "    def inference(self, data): return {}\n"
+        "register_interface('flat-reward', Flat)\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    folder = make(tmp_path / "reviews")
+    recipe = find_recipe("grpo")
+    words = [
+        f"model={folder / 'model'}", f"prompts={folder / 'prompts.jsonl'}",
+        "reward.interface=flat-reward", "sampler=transformers", "generation.max_new_tokens=8",
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="unknown interface 'flat-reward'"):
+        recipe.check(load_config(recipe.config, words))
+    with pytest.raises(ConfigError, match="'my_kind' of `imports` cannot be imported"):
+        recipe.check(load_config(recipe.config, [*words, "imports=[my_kind]"]))
+    recipe.check(load_config(recipe.config, [*words, "imports=[my_kinds]"]))

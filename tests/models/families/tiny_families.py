@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "mistral": ("MistralForCausalLM", {**SIZES, "sliding_window": None}),
     "mistral, window": ("MistralForCausalLM", {**SIZES, "sliding_window": 16}),
-    "mixtral": ("MixtralForCausalLM", {**SIZES, **EXPERTS}),
+    "mixtral": ("MixtralForCausalLM", {**SIZES, **EXPERTS, "router_jitter_noise": 0.1}),
     "mixtral, window, tied": (
         "MixtralForCausalLM",
         {**SIZES, **EXPERTS, "sliding_window": 16, "tie_word_embeddings": True},
