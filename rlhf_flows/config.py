@@ -35,6 +35,18 @@ MAY_CHANGE = frozenset(
         "log_level",
         "flows.evaluator",
         "runtime_env",
+        # Where a service is and what a reward may cost, and what becomes of samples that it fails
+        # for: a run that ended over one of these goes on with another.
+        "reward.url",
+        "reward.token_env",
+        "reward.timeout_s",
+        "reward.retries",
+        "reward.request_size",
+        "reward.max_concurrency",
+        "reward.memory_mb",
+        "reward.environment",
+        "reward.on_failure",
+        "reward.failure_reward",
         "models.*.num_replica",
         "models.*.ranks_per_replica",
         "models.*.num_threads",
@@ -61,9 +73,9 @@ MAY_CHANGE = frozenset(
         "runtime.new_prompts",
     }
 )
-"""Fields that may differ when a run is resumed: none of them changes what is asked for. Another
-number of ranks or threads of a trained module, or another device, changes the order of sums, and so
-the last bits of its weights."""
+"""Fields that may differ when a run is resumed: none of them changes what is asked for, except what
+becomes of samples that a reward fails for. Another number of ranks or threads of a trained module,
+or another device, changes the order of sums, and so the last bits of its weights."""
 
 
 class StoreConfig(Settings):

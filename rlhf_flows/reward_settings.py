@@ -185,6 +185,12 @@ class RewardSettings(Settings):
 
     @model_serializer(mode="wrap")
     def _as_given(self, handler: SerializerFunctionWrapHandler) -> Any:
-        # As runs of old have it in their run.json: a function alone is its name.
-        alone = self.function is not None and self == type(self)(function=self.function)
-        return self.function if alone else handler(self)
+        # What run.json keeps: a field that a later version adds is no difference between two
+        # starts of a run, nor is a function's name, alone, as runs of old have it.
+        fields = type(self).model_fields
+        given = {
+            name: value
+            for name, value in handler(self).items()
+            if getattr(self, name) != fields[name].get_default(call_default_factory=True)
+        }
+        return self.function if list(given) == ["function"] else given

@@ -145,7 +145,7 @@ class Scoring:
         self._refuse_clash(names)
         if not scored and self.num_samples > 1:
             assert self._first is not None
-            raise type(self._first)(
+            raise RewardError(  # also where a single one may pass: each try would take as long
                 f"all {self.num_samples} samples of a batch failed, which is an outage and no"
                 f" score, whatever on_failure says; the first: {self._first}"
             ) from self._first

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from rlhf_flows.engines import GRPOEngine
-from rlhf_flows.errors import RewardError
+from rlhf_flows.errors import ConfigError, RewardError
 from rlhf_flows.models import CommandReward, HTTPReward
 from rlhf_flows.modules.base import BaseModule
 from tests.duckdb_process import query
@@ -70,12 +70,13 @@ def test_a_run_with_rewards_of_a_program_scores_what_fails(tmp_path: Path) -> No
     assert scored["exact"].sum() == (samples(tmp_path, "program")["completion"] == "7").sum()
 
 
-def test_a_run_with_rewards_of_a_service_scores_what_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_with_rewards_of_a_service_scores_what_fails(tmp_path: Path) -> None:
+    variable = "PREFECT_HOME"  # any that workers have, too
+    token = os.environ[variable]
     with RewardService() as service:
         reward = HTTPReward(
             url=f"{service.url}/bad_and_good",
+            token_env=variable,
             request_size=2,
             retries=1,
             on_failure="score",
@@ -83,11 +84,14 @@ def test_a_run_with_rewards_of_a_service_scores_what_fails(
         )
         result = run(reward, tmp_path, "service")
         asked = len(service.requests)
+        assert {sent["authorization"] for _, sent, _ in service.requests} == {f"Bearer {token}"}
     cause = "answered with status 500: 'cannot judge this' in each of 2 tries"
     assert_failures_are_kept(tmp_path, "service", result, cause)
     scored = samples(tmp_path, "service", "scoring")
     failed_requests = scored["reward_failed"].sum() // 2
     assert asked == RUNTIME["sample_per_episode"] // 2 + failed_requests  # these were asked twice
+    for file in (tmp_path / "service").rglob("*"):
+        assert file.is_dir() or token.encode() not in file.read_bytes(), f"{file} holds the token"
 
 
 @pytest.mark.slow
@@ -99,5 +103,12 @@ def test_a_service_that_goes_away_ends_the_run_with_its_address(tmp_path: Path) 
     for word in ("reward.forward_step failed on scoring of episode 0", "all 8 samples", service.url,
                  "status 500: 'out of memory'"):  # fmt: skip
         assert word in str(raised.value)
-    record = json.loads((tmp_path / "outage/run.json").read_text())
-    assert "reward" in record["config"]["models"]
+
+
+@pytest.mark.slow
+def test_a_worker_without_the_token_names_the_variable(tmp_path: Path) -> None:
+    reward = HTTPReward(url="http://127.0.0.1:9/", token_env="NOWHERE_SET")
+    with pytest.raises(
+        ConfigError, match=r"NOWHERE_SET \(token_env of module 'reward'\) is not set"
+    ):
+        run(reward, tmp_path, "token")

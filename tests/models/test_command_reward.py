@@ -9,7 +9,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -341,27 +341,30 @@ def test_a_program_that_kills_its_supervisor_is_found_and_ended(
 
 
 def test_a_worker_that_is_killed_leaves_nothing(marker: str, tmp_path: Path) -> None:
-    command = python(tmp_path, FORKS_DAEMONS + "time.sleep(600)")
+    ready = tmp_path / "ready"
+    command = python(tmp_path, FORKS_DAEMONS + f"open({str(ready)!r}, 'w'); time.sleep(600)")
     program = (
         "from rlhf_flows.models.command_reward import CommandReward\n"
         f"CommandReward(command={command!r}, environment=['TEST_MARK'])"
         ".forward_step({'completion': ['a']})"
     )
+    folders = Path(str(tempfile.tempdir))
     worker = subprocess.Popen(
-        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "TMPDIR": tempfile.tempdir}
+        [sys.executable, "-c", program], cwd=ROOT, env={**os.environ, "TMPDIR": str(folders)}
     )
+    with worker:
+        wait_for(ready.exists)
+        started = len(marked(marker))
+        worker.kill()
+    assert started == 5  # itself, the program, three daemons
+    wait_for(lambda: not marked(marker) and not any(folders.iterdir()))
+
+
+def wait_for(holds: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 60
-    while len(marked(marker)) < 5 and time.monotonic() < deadline:  # itself, the program, daemons
+    while not holds():
+        assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.05)
-    assert len(marked(marker)) >= 5
-    worker.kill()
-    worker.wait()
-    deadline = time.monotonic() + 20
-    while time.monotonic() < deadline and (
-        marked(marker) or list(Path(str(tempfile.tempdir)).iterdir())
-    ):
-        time.sleep(0.05)
-    # The fixture looks whether all is gone.
 
 
 # ---- before anything starts -------------------------------------------------------------------

@@ -275,6 +275,15 @@ def test_a_batch_that_fails_as_a_whole_is_an_outage_and_no_score() -> None:
     assert alone["reward"].tolist() == [2.0], "one sample says nothing of an outage"
 
 
+def test_an_outage_of_calls_without_end_is_not_tried_again_and_again() -> None:
+    async def silent(completion: str) -> float:
+        await asyncio.sleep(60)
+        return 1.0
+
+    with pytest.raises(RewardError, match=r"all 4 samples.*longer than 0.05 s"):
+        scored(silent, on_failure="score", timeout_s=0.05)
+
+
 def test_single_values_of_a_batch_function_fail_alone() -> None:
     out = scored(lambda completions: [1, None, 10**400, 1e39], on_failure="score")
     assert [cause is None for cause in out["reward_failure"]] == [True, False, False, False]

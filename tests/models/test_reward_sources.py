@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shlex
@@ -17,9 +16,10 @@ from prefect.utilities.callables import parameter_schema
 from prefect.utilities.schema_tools.validation import validate
 from pydantic import ValidationError
 
+from rlhf_flows.config import MAY_CHANGE
 from rlhf_flows.config_loading import load_config
 from rlhf_flows.deployments.grpo import GRPOConfig, grpo
-from rlhf_flows.errors import ConfigError, RewardError
+from rlhf_flows.errors import ConfigError, RewardError, RunConflictError
 from rlhf_flows.models import (
     ClassifierReward,
     CommandReward,
@@ -31,6 +31,7 @@ from rlhf_flows.models.reward_sources import REWARD_INTERFACES, build_reward, ch
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.reward_settings import RewardSettings
+from rlhf_flows.store import open_run, open_store
 from tests.models.reward_service import RewardService
 from tests.models.tiny_classifier import build_sentiment_bert
 
@@ -217,9 +218,19 @@ def test_a_program_that_fails_for_nothing_at_all_is_let_through_as_a_score(
     assert "does not compile" in caplog.text
 
 
-def test_run_json_of_a_service_names_the_variable_of_its_token() -> None:
-    config = load_config(
-        GRPOConfig, ["model=m", "prompts=p", "reward.url=http://h/x", "reward.token_env=JUDGE"]
-    )
-    kept = json.dumps(config.model_dump(mode="json"))
-    assert '"token_env": "JUDGE"' in kept
+def test_run_json_of_a_service_holds_what_was_given_alone() -> None:
+    found = settings("reward.url=http://h/x", "reward.token_env=JUDGE", "reward.retries=3")
+    assert found.model_dump(mode="json") == {"url": "http://h/x", "token_env": "JUDGE"}
+
+
+def test_a_run_that_ended_over_its_service_goes_on_with_another(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+
+    def start(*words: str) -> None:
+        reward = settings(*words).model_dump(mode="json")
+        open_run(store, "mine", config={"reward": reward}, may_change=MAY_CHANGE)
+
+    start("reward.url=http://old/x")
+    start("reward.url=http://new/y", "reward.token_env=T", "reward.on_failure=score")
+    with pytest.raises(RunConflictError, match=r"reward\.command: \(absent\) then"):
+        start("reward.command=[judge]")
