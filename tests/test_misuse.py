@@ -443,6 +443,11 @@ def a_sync_to_a_module_without_weights(_: Path) -> None:
     sound().set_parameter_sync(trainer, reward).check()
 
 
+@says("set_parameter_sync was given eta=1.5 for 'policy'", "between 0 and 1")
+def an_average_that_runs_ahead(_: Path) -> None:
+    sound().set_parameter_sync(trainer, policy, eta=1.5)
+
+
 @says("set_parameter_sync was given a str ('trainer')", "give it the modules themselves")
 def a_sync_of_names(_: Path) -> None:
     sound().set_parameter_sync("trainer", "policy")  # type: ignore[arg-type]
@@ -872,3 +877,14 @@ def trainers_of_other_returns(folder: Path) -> None:
     learner = PPOPolicyTrainer("ppo_policy", path=folder, ppo=PPOSettings(gamma=1.0))
     critic = ValueTrainer("ppo_value", path=folder, ppo=PPOSettings(gamma=0.9))
     RLHFEngine(policy, reward, reward, reward, learner, critic)
+
+
+@says("'ppo_policy' and 'value' have different PPO settings", "value_norm=none and exp")
+def a_value_model_of_other_returns(folder: Path) -> None:
+    from rlhf_flows import RLHFEngine
+    from rlhf_flows.models import PPOPolicyTrainer, ValueModel
+    from rlhf_flows.settings import PPOSettings
+
+    learner = PPOPolicyTrainer("ppo_policy", path=folder)
+    value = ValueModel("value", path=folder, ppo=PPOSettings(value_norm="exp"))
+    RLHFEngine(policy, reward, reward, value, learner, trainer)

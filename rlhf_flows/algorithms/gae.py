@@ -39,7 +39,7 @@ def generalized_advantages(
     """A_t = sum over l of (gamma lambda)^l delta_{t+l}, delta_t = r_t + gamma V_{t+1} - V_t.
 
     V after the last token is 0, or of `end_values`: that of a completion that was cut off, whose
-    end is none (Pardo et al., arXiv 1712.00378, section 3).
+    end is none (partial-episode bootstrapping: Pardo et al., arXiv 1712.00378).
     lambda_ = 0 gives the TD error delta_t; gamma = lambda_ = 1 the reward to go minus V_t.
 
     Raises DataError naming the row where a reward or a value is not finite.

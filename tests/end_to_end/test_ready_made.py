@@ -8,21 +8,24 @@ from typing import Any
 
 import pytest
 
-from rlhf_flows import DPOEngine, EvalEngine, OnlineDPOEngine, RewardModelEngine
+from rlhf_flows import DPOEngine, EvalEngine, OnlineDPOEngine, RewardModelEngine, RLHFEngine
 from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models import (
     DPOTrainer,
     FunctionReward,
     OnlineDPOTrainer,
+    PPOPolicyTrainer,
     PreferenceReference,
     Reference,
     RewardModel,
     RewardTrainer,
     TorchPolicy,
+    ValueModel,
+    ValueTrainer,
 )
 from rlhf_flows.models.tiny import build_tiny_qwen2
-from rlhf_flows.settings import DPOSettings, OptimizerSettings
+from rlhf_flows.settings import DPOSettings, OptimizerSettings, PPOSettings
 from tests.end_to_end.whole_run import samples, shard_digests, weight_digests
 
 # Processes of torch and transformers, a few for each run.
@@ -108,3 +111,51 @@ def test_online_dpo_learns_from_its_own_samples(model: Path, tmp_path: Path) -> 
     assert {"reference_logprobs", "reward"} <= set(samples(tmp_path, "online", "scoring").columns)
     assert first["rows_trained"] + first["rows_filtered"] == 64
     assert first["rows_trained"] == 2 * first["pairs"]  # of all updates
+
+
+def far(completion: str) -> float:
+    return 1000.0 - 100.0 * len(completion)
+
+
+def test_ppo_with_all_that_steers_it(model: Path, tmp_path: Path) -> None:
+    """Values normalized and bootstrapped, a coefficient that adapts, a reference that follows, with
+    several updates an episode and samples one version old; cut, and gone on with.
+    """
+    ppo = PPOSettings(
+        value_norm="exp", adaptive_kl=True, kl_target=0.01, kl_horizon=200.0, early_stop_ratio=5.0,
+        bootstrap_truncated=True,
+    )  # fmt: skip
+
+    def learn(run: str, **runtime: Any) -> Any:
+        engine = RLHFEngine(
+            TorchPolicy(path=model, generation=GenerationSettings(max_new_tokens=8)),
+            Reference(path=model),
+            FunctionReward("reward", function=far),
+            ValueModel(path=model, ppo=ppo),
+            PPOPolicyTrainer(path=model, ppo=ppo, optimizer=FAST),
+            ValueTrainer(path=model, ppo=ppo, optimizer=FAST),
+            reference_ema=0.5,
+        )
+        engine.set_dataset([{"prompt": f"{i}+1="} for i in range(32)])
+        return engine.learn(**settings(tmp_path, run, max_staleness=1, **runtime))
+
+    result = learn("ppo")
+    coefs = [
+        [found[f"{name}/kl_coef"] for found in result.episodes.values()]
+        for name in ("ppo_policy", "ppo_value")
+    ]
+    assert coefs[0] == coefs[1]
+    assert len(set(coefs[0])) > 1
+    scored = samples(tmp_path, "ppo", "scoring").set_index("episode")
+    mean = {e: float(scored.loc[e]["values"].map(lambda v: v.mean()).mean()) for e in range(3)}
+    rewards = {e: float(scored.loc[e]["reward"].mean()) for e in range(3)}
+    assert mean[0] == mean[1] == 0.0  # version 0: nobody knew anything of returns
+    assert mean[2] == pytest.approx(rewards[2], abs=300)
+    assert float(scored.loc[2]["normalized_values"].map(lambda v: abs(v).max()).max()) < 20
+    assert {"last_value", "reference_logprobs"} <= set(scored.columns)
+    assert result.episodes[2]["ppo_policy/early_stopped"] == 0.0
+    learn("again", num_episode=2)
+    assert learn("again").resumed_at == 2
+    assert shard_digests(tmp_path, "again") == shard_digests(tmp_path, "ppo")
+    for module in ("ppo_policy", "ppo_value"):
+        assert weight_digests(tmp_path, "again", module) == weight_digests(tmp_path, "ppo", module)

@@ -271,15 +271,10 @@ def test_completions_cut_off_are_followed_by_what_is_expected_there(tiny: Path, 
     data = samples()
     data["last_value"] = torch.rand(15, generator=torch.Generator().manual_seed(1)) + 1
     ppo = {"bootstrap_truncated": True, "kl_coef": 0.1, "gamma": 0.9, "lambda_": 0.8}
-    # A token more, of the value at the end and no reward, says the same to a plain loop; what
-    # goes on after it is told by its own value.
-    longer = {name: list(data[name]) for name in ("response_ids", "values")}
-    rewards = []
-    for i, reason in enumerate(data["finish_reason"]):
-        last = float(data["last_value"][i]) if reason == "length" else 0.0
-        rewards.append(float(data["reward"][i]) + 0.9 * last)
+    # What is expected at the end counts like a reward at the last token, a step later.
+    ends = torch.tensor([float(r == "length") for r in data["finish_reason"]]) * data["last_value"]
     expected = targets(
-        {**data, **longer, "reward": torch.tensor(rewards)}, kl_coef=0.1, gamma=0.9, lambda_=0.8
+        {**data, "reward": data["reward"] + 0.9 * ends}, kl_coef=0.1, gamma=0.9, lambda_=0.8
     )
     made = trainer(kind, tiny, ppo={**ppo, "whiten_advantages": False})
     prepared = made.prepare_batch(data)
@@ -287,10 +282,8 @@ def test_completions_cut_off_are_followed_by_what_is_expected_there(tiny: Path, 
     torch.testing.assert_close(
         torch.cat(prepared[name]), torch.cat(expected[of]), atol=1e-5, rtol=1e-5
     )
-    for missing, maker in (
-        ("last_value", "the value model with the same ppo"),
-        ("finish_reason", "the policy"),
-    ):
+    makers = {"last_value": "the value model with the same ppo", "finish_reason": "the policy"}
+    for missing, maker in makers.items():
         lacking = {k: v for k, v in data.items() if k != missing}
         with pytest.raises(DataError, match=f"needs the column '{missing}'.*call {maker}"):
             made.prepare_batch(lacking)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoModelForSequenceClassification
 
 from rlhf_flows.data.batch import Batch
@@ -15,7 +18,7 @@ from rlhf_flows.models.value_model import ValueModel
 from rlhf_flows.models.value_trainer import ValueTrainer
 from rlhf_flows.modules.base import ModuleContext
 from rlhf_flows.pools.digest import digest_weights
-from rlhf_flows.settings import PPOSettings
+from rlhf_flows.settings import OptimizerSettings, PPOSettings
 from tests.models.test_ppo import samples, targets, train, trainer, weights
 
 KINDS = ("exp", "ma")
@@ -145,6 +148,62 @@ def test_every_rank_has_the_statistics_of_the_whole_batch(tiny: Path) -> None:
         made.prepare_batch(far(samples()))
         assert torch.equal(made.moments.mean, alone.moments.mean)
         assert torch.equal(made.moments.std, alone.moments.std)
+
+
+RANK = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import load_file
+from rlhf_flows.models.value_trainer import ValueTrainer
+from rlhf_flows.modules.base import ModuleContext
+from rlhf_flows.settings import OptimizerSettings, PPOSettings
+from tests.models.test_ppo import samples, train
+from tests.models.test_value_norm import far, settings
+rank, file, tiny, alone = int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), load_file(sys.argv[4])
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo", init_method="file://" + file, rank=rank, world_size=2)
+made = ValueTrainer(
+    path=tiny, ppo=PPOSettings(**settings("exp", adaptive_kl=True)), micro_batch_tokens=40,
+    optimizer=OptimizerSettings(learning_rate=1e-3),
+)
+made.attach(ModuleContext(rank=rank, world_size=2))
+made.setup()
+for seed in range(3):
+    made.before_episode(seed)
+    train(made, far(samples(seed=seed)))
+    made.after_episode(seed)
+for name, tensor in made.named_weights():
+    torch.testing.assert_close(tensor, alone[name], atol=1e-5, rtol=1e-4, msg=name)
+    if name.startswith("value_norm"):
+        assert torch.equal(tensor, alone[name]), name
+assert made.kl_controller.coef == float(alone["coef"])
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_two_ranks_learn_what_one_learns(tiny: Path, tmp_path: Path) -> None:
+    ppo = PPOSettings(**settings("exp", adaptive_kl=True))
+    alone = ValueTrainer(path=tiny, ppo=ppo, optimizer=OptimizerSettings(learning_rate=1e-3))
+    alone.setup()
+    for seed in range(3):
+        alone.before_episode(seed)
+        train(alone, far(samples(seed=seed)))
+        alone.after_episode(seed)
+    coef = torch.tensor([alone.kl_controller.coef], dtype=torch.float64)
+    save_file({**weights(alone), "coef": coef}, tmp_path / "alone")
+    arguments = [str(tmp_path / "meet"), str(tiny), str(tmp_path / "alone")]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(rank), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for rank in range(2)
+    ]
+    for process in started:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
 
 
 def test_masked_completions_are_not_in_the_statistics(tiny: Path) -> None:

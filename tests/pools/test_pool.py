@@ -285,8 +285,8 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     assert (old[1], new[1]) == (3, 3)
     assert old[0] != new[0]
     assert pool.replicas[0].version == 3
-    weights = await pool.call("weights_digest", 1, what="digest", timeout_s=20)
-    assert weights == digest_weights([("preferences", torch.arange(10.0) * 3)])
+    weights = await pool.call("weights_digests", 1, what="digest", timeout_s=20)
+    assert weights == {"": digest_weights([("preferences", torch.arange(10.0) * 3)])}
 
 
 async def test_a_replica_that_dies_again_and_again_fails_its_pool_one_that_works_does_not(
@@ -495,8 +495,8 @@ async def test_ranks_of_a_replica_work_as_one_and_die_as_one(
     with pytest.raises(ReplicaDiedError):
         await pool.call("restore", 1, record, 1, what="a restore", timeout_s=30)
     await pool.call("restore", 1, record, 1, what="a restore", timeout_s=30)
-    digests = [await rank.weights_digest.remote(1) for rank in pool.replicas[0].ranks]
-    assert digests == [record.digest] * 2
+    digests = [await rank.weights_digests.remote(1) for rank in pool.replicas[0].ranks]
+    assert digests == [record.digests] * 2
 
 
 @pytest.mark.parametrize("dead", [0, 1])
