@@ -20,7 +20,7 @@ from rlhf_flows.errors import DataError
 
 __all__ = ["ParquetRows", "parquet_rows"]
 
-_KEPT_BYTES = 8 << 20
+_KEPT_BYTES = 4 << 20
 """Of row groups; one is kept in any case. Rows in order need no more, and of rows in any order too
 few would be found in what could be kept of a large file."""
 _BATCH_ROWS = 256
@@ -45,7 +45,7 @@ class ParquetRows(LazyRows):
         """Reads every row, once. Raises DataError naming file and row."""
         survey = Survey(self, check)
         with _readable(self.file.name):
-            for batch in self._parquet().iter_batches(_BATCH_ROWS):
+            for batch in self._parquet().iter_batches(_BATCH_ROWS, use_threads=False):
                 for row in batch.to_pylist():
                     survey.add(row)
         survey.finish()
@@ -69,7 +69,7 @@ class ParquetRows(LazyRows):
         groups = self._groups
         if number not in groups:
             with _readable(self.file.name):
-                groups[number] = self._parquet().read_row_group(number)
+                groups[number] = self._parquet().read_row_group(number, use_threads=False)
             while len(groups) > 1 and sum(g.nbytes for g in groups.values()) > _KEPT_BYTES:
                 groups.popitem(last=False)
         groups.move_to_end(number)
