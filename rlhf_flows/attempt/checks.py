@@ -17,7 +17,7 @@ from rlhf_flows.attempt.module_checks import (
 from rlhf_flows.attempt.placement import check_fits_here
 from rlhf_flows.attempt.shares import Share, shares_of
 from rlhf_flows.config import EngineConfig, RuntimeEnvConfig
-from rlhf_flows.data.row_sequences import JoinedRows, check_ids
+from rlhf_flows.data.row_sequences import JoinedRows, LazyRows, LoadedRows, check_ids
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import BATCH, Graph, phases, trace
@@ -305,7 +305,7 @@ def _dataset(
     return Dataset(rows=rows, info=info, owners=owners)
 
 
-def _listed(source: Any, kind: str) -> list[Any]:
+def _listed(source: Any, kind: str) -> Sequence[Any]:
     # What can be read once only, or in no order of its own, would be other rows when it is resumed.
     is_listed = hasattr(source, "__len__") and hasattr(source, "__getitem__")
     if not is_listed or isinstance(source, Mapping | bytes):
@@ -313,6 +313,8 @@ def _listed(source: Any, kind: str) -> list[Any]:
             f"the {kind} dataset is a {type(source).__name__}: give set_dataset a list of rows, or"
             " the name of a JSONL, JSON or Parquet file"
         )
+    if isinstance(source, LazyRows | LoadedRows):
+        return source  # they were checked when they were loaded
     # A torch Dataset need not end by itself.
     rows = list(source) if hasattr(source, "__iter__") else [source[i] for i in range(len(source))]
     check_ids(rows)

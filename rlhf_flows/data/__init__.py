@@ -50,6 +50,7 @@ if TYPE_CHECKING:
         LoadedRows,
         check_ids,
         columns_of,
+        open_here,
         where_of,
     )
     from rlhf_flows.data.row_types import uniform_rows
@@ -92,6 +93,7 @@ __all__ = [
     "keep_samples",
     "load_rows",
     "make_plan",
+    "open_here",
     "pair_rows",
     "parquet_metadata",
     "permutation",
@@ -135,6 +137,7 @@ _HOME = {
         "LoadedRows",
         "check_ids",
         "columns_of",
+        "open_here",
         "where_of",
     ],
     "row_types": ["uniform_rows"],

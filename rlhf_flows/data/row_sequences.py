@@ -16,9 +16,20 @@ from typing import Any, overload
 
 import numpy as np
 
+from rlhf_flows.data.row_files import RowFile
+from rlhf_flows.data.row_types import uniform_row
 from rlhf_flows.errors import DataError
 
-__all__ = ["JoinedRows", "LazyRows", "LoadedRows", "RowIds", "check_ids", "columns_of", "where_of"]
+__all__ = [
+    "JoinedRows",
+    "LazyRows",
+    "LoadedRows",
+    "RowIds",
+    "check_ids",
+    "columns_of",
+    "open_here",
+    "where_of",
+]
 
 Row = Mapping[str, Any]
 
@@ -63,27 +74,25 @@ class LazyRows(Sequence[dict[str, Any]]):
     them are uniform, and they travel to other processes by the file's name.
     """
 
-    name: str
-    """The path, absolute, or the URL."""
-    columns: tuple[str, ...]
+    columns: tuple[str, ...] = ()
     """Of every row."""
-    digest: str
+    floats: frozenset[str] = frozenset()
+    """Columns in which no number is an int."""
+    digest: str = ""
     """What `rows_digest` says of them."""
 
+    def __init__(self, file: RowFile) -> None:
+        self.file = file
+
     @abstractmethod
-    def row(self, index: int) -> dict[str, Any]:
-        """Row `index`, from 0. Raises DataError where the file is not what it was."""
+    def row(self, index: int) -> Mapping[str, Any]:
+        """Row `index`, as it stands in the file, from 0. Raises DataError where the file is not
+        what it was.
+        """
 
     @abstractmethod
     def where(self, index: int) -> str:
         """Names the row in messages."""
-
-    @abstractmethod
-    def open_here(self) -> None:
-        """Sees that this machine can read the file, and that it is the same one.
-
-        Raises DataError with the next step.
-        """
 
     @overload
     def __getitem__(self, index: int) -> dict[str, Any]: ...
@@ -92,10 +101,17 @@ class LazyRows(Sequence[dict[str, Any]]):
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):
             return _Chosen(self, range(*index.indices(len(self))))
-        return self.row(range(len(self))[index])
+        return uniform_row(self.row(range(len(self))[index]), self.columns, self.floats)
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.name!r}, {len(self)} rows)"
+        return f"{type(self).__name__}({self.file.name!r}, {len(self)} rows)"
+
+
+def open_here(rows: Sequence[Any]) -> None:
+    """Raises DataError where the files of lazy rows cannot be read on this machine."""
+    for part in rows.parts if isinstance(rows, JoinedRows) else (rows,):
+        if isinstance(part, LazyRows):
+            part.file.open_here()
 
 
 class _Chosen(Sequence[Any]):

@@ -8,12 +8,12 @@ row, so that a file need not fit into memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from rlhf_flows.errors import DataError
 
-__all__ = ["ColumnTypes", "kind_of", "uniform_rows"]
+__all__ = ["ColumnTypes", "kind_of", "uniform_row", "uniform_rows"]
 
 _KINDS = {bool: "true or false", str: "text", list: "a list", dict: "an object"}
 _EXACT = 2**53
@@ -34,6 +34,18 @@ def uniform_rows(
         types.add(row, number)
     types.finish()
     return [types.uniform(row) for row in rows]
+
+
+def uniform_row(
+    row: Mapping[str, Any], names: Iterable[str], floats: Iterable[str]
+) -> dict[str, Any]:
+    """The row with these columns, None where it lacks one; `floats` of them hold no ints."""
+    found = {name: row.get(name) for name in names}
+    for name in floats:
+        value = found[name]
+        if type(value) is int:
+            found[name] = float(value)
+    return found
 
 
 def kind_of(value: Any) -> str:
@@ -88,12 +100,7 @@ class ColumnTypes:
 
     def uniform(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """The row with all columns, None where it lacks one, and ints as floats where due."""
-        found = {name: row.get(name) for name in self.names}
-        for name in self.floats:
-            value = found[name]
-            if type(value) is int:
-                found[name] = float(value)
-        return found
+        return uniform_row(row, self.names, self.floats)
 
     def _learn(self, row: Mapping[str, Any], number: int) -> tuple[str, ...]:
         for name, value in row.items():

@@ -1,29 +1,38 @@
 """Rows of a prompt file: JSON lines, a JSON list, or Parquet. No torch.
 
-The decision here: the whole file is read and checked at once. Prompt files are small beside what is
-trained on them, and a mistake in the last line should not cost a night.
+The decision here: all of a file is checked before anything starts, as a mistake in the last line
+should not cost a night. A small one is then a list; of a large one only an index is kept, its rows
+are read when they are asked for, and workers read them themselves.
 """
 
 from __future__ import annotations
 
-import json
 from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rlhf_flows.data.json_rows import json_rows, jsonl_rows
-from rlhf_flows.data.parquet_rows import parquet_rows
-from rlhf_flows.data.row_files import read_file
-from rlhf_flows.data.row_sequences import LoadedRows, check_ids
+from rlhf_flows.data.json_rows import JsonlRows, json_rows, jsonl_rows
+from rlhf_flows.data.parquet_rows import ParquetRows, parquet_rows
+from rlhf_flows.data.row_files import RowFile, read_file
+from rlhf_flows.data.row_sequences import LazyRows, LoadedRows, check_ids
+from rlhf_flows.data.row_survey import rows_digest
 from rlhf_flows.data.row_types import kind_of, uniform_rows
 from rlhf_flows.errors import DataError
 
 __all__ = ["check_prompt", "load_rows", "near_name", "rows_digest"]
 
+IN_MEMORY_BYTES = 32 << 20
+"""Larger files are read row by row."""
+_MOST_SURVEYED = 4
+_surveyed: dict[tuple[str, tuple[str, ...]], tuple[tuple[int, int], LazyRows]] = {}
+"""What was learnt of large files, as a program asks for one more than once: to check, to run."""
+_LAZY: Mapping[str, type[JsonlRows] | type[ParquetRows]] = {
+    ".jsonl": JsonlRows,
+    ".parquet": ParquetRows,
+}
 _READERS: Mapping[str, Callable[[str, bytes], Iterator[tuple[int, dict[str, Any]]]]] = {
     ".jsonl": jsonl_rows,
     ".json": json_rows,
@@ -31,11 +40,17 @@ _READERS: Mapping[str, Callable[[str, bytes], Iterator[tuple[int, dict[str, Any]
 }
 
 
-def load_rows(path_or_url: str | Path, *, fields: Sequence[str] = ("prompt",)) -> LoadedRows:
+def load_rows(
+    path_or_url: str | Path,
+    *,
+    fields: Sequence[str] = ("prompt",),
+    in_memory_bytes: int = IN_MEMORY_BYTES,
+) -> LoadedRows | LazyRows:
     """All rows of a .jsonl, .json (a list of objects) or .parquet file, local or by URL.
 
     Every row must have `fields`; a "prompt" among them must be text or chat messages. Each column
-    has one type in all rows (`uniform_rows`), and is None where a row lacks the key.
+    has one type in all rows (`uniform_rows`), and is None where a row lacks the key. Of JSON lines
+    and Parquet of more than `in_memory_bytes` the rows are read when they are asked for.
     Raises DataError naming file, line (or row) and what to change.
     """
     name = str(path_or_url)
@@ -44,6 +59,8 @@ def load_rows(path_or_url: str | Path, *, fields: Sequence[str] = ("prompt",)) -
         raise DataError(
             f"{name}: prompts are read from {', '.join(_READERS)} files, not {suffix or 'this'!r}"
         )
+    if _is_large(name, suffix, in_memory_bytes):
+        return _lazy_rows(name, suffix, tuple(fields))
     data = read_file(name)
     unit = "line" if suffix == ".jsonl" else "row"
     rows, numbers = [], array("q")
@@ -52,14 +69,43 @@ def load_rows(path_or_url: str | Path, *, fields: Sequence[str] = ("prompt",)) -
         rows.append(row)
         numbers.append(number)
     if not rows:
-        has = " and ".join(repr(field) for field in fields)
-        raise DataError(
-            f"{name} holds no rows: give it at least one object" + f" with {has}" * bool(has)
-        )
+        raise _empty(name, fields)
     loaded = LoadedRows(rows, name=name, unit=unit, numbers=numbers)
     check_ids(loaded)
     loaded[:] = uniform_rows(rows, where=loaded.where)
     return loaded
+
+
+def _is_large(name: str, suffix: str, in_memory_bytes: int) -> bool:
+    if suffix not in _LAZY:
+        return False
+    try:
+        file = RowFile(name)
+        found = file.size > in_memory_bytes
+        return found or (suffix == ".parquet" and ParquetRows(file).num_bytes > in_memory_bytes)
+    except DataError:
+        return False  # whoever reads it says what is wrong, with the name as it was given
+
+
+def _lazy_rows(name: str, suffix: str, fields: tuple[str, ...]) -> LazyRows:
+    file = RowFile(name)
+    key, stamp = (file.name, fields), file.stamp
+    if stamp is not None and _surveyed.get(key, (None,))[0] == stamp:
+        return _surveyed[key][1]
+    rows = _LAZY[suffix](file)
+    rows.survey(lambda row, where: _check_row(row, fields, where))
+    if not len(rows):
+        raise _empty(name, fields)
+    while len(_surveyed) >= _MOST_SURVEYED:
+        del _surveyed[next(iter(_surveyed))]
+    if stamp is not None:
+        _surveyed[key] = (stamp, rows)
+    return rows
+
+
+def _empty(name: str, fields: Sequence[str]) -> DataError:
+    has = " with " + " and ".join(map(repr, fields)) if fields else ""
+    return DataError(f"{name} holds no rows: give it at least one object{has}")
 
 
 def _check_row(row: Mapping[str, Any], fields: Sequence[str], where: Callable[[], str]) -> None:
@@ -70,29 +116,6 @@ def _check_row(row: Mapping[str, Any], fields: Sequence[str], where: Callable[[]
     _check_fields(row, fields, where())
     if "prompt" in fields:
         check_prompt(row, where=where())
-
-
-def rows_digest(rows: Sequence[Any], *, parts: Sequence[int] = ()) -> str:
-    """SHA-256 of the rows in their order; the same from whichever kind of file they came.
-
-    `parts`: how many of them belong to each of several datasets.
-    """
-    digest = sha256()
-    for number, row in enumerate(rows):
-        try:
-            text = json.dumps(row, sort_keys=True, separators=(",", ":"), default=_as_json)
-        except DataError as e:
-            raise DataError(f"row {number} of the dataset: {e}") from e
-        except (TypeError, ValueError, RecursionError) as e:
-            raise DataError(
-                f"row {number} of the dataset is nothing that a file could hold ({e}): use text,"
-                " numbers, tensors, lists and dicts whose keys are text"
-            ) from e
-        digest.update(text.encode())
-        digest.update(b"\n")
-    if parts:
-        digest.update(json.dumps(list(parts)).encode())
-    return digest.hexdigest()
 
 
 def check_prompt(row: Mapping[str, Any], *, where: str) -> str | list[dict[str, str]]:
@@ -149,14 +172,3 @@ def _check_fields(row: Mapping[str, Any], fields: Sequence[str], where: str) -> 
         has = ", ".join(repr(key) for key in row) or "nothing"
         hint = f"rename {near[0]!r} to {field!r}" if near else f"it has {has}"
         raise DataError(f"{where}: {field!r} is missing: {hint}")
-
-
-def _as_json(value: Any) -> Any:
-    """For the digest alone: what rows of a program's own may hold beside what a file can."""
-    if isinstance(value, bytes):
-        return f"bytes:{value.hex()}"
-    if hasattr(value, "tolist") and hasattr(value, "shape"):  # a tensor or an array
-        return {f"{type(value).__name__} {value.dtype}": value.tolist()}
-    raise DataError(
-        f"it holds a {type(value).__name__}: use text, numbers, tensors, lists and dicts"
-    )

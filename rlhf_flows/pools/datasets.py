@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlhf_flows.data import Batch, JoinedRows, Samples, batch_size, collate
+from rlhf_flows.data import Batch, JoinedRows, Samples, batch_size, collate, open_here
 from rlhf_flows.errors import DataError, RlhfFlowsError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.pools.messages import Source
@@ -27,8 +27,10 @@ def build(
         parts: How many of the rows belong to each of several datasets.
 
     Raises:
-        DataError: it made what is no dataset, or has no items.
+        DataError: it made what is no dataset, or has no items; or this machine cannot read the
+            file of the rows.
     """
+    open_here(rows)
     if parts:
         method = "build_all_dataset"
         ends = list(accumulate(parts))
