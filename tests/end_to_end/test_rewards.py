@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import ConfigError, RewardError
-from rlhf_flows.models import CommandReward, HTTPReward
+from rlhf_flows.models import CommandReward, FunctionReward, HTTPReward
 from rlhf_flows.modules.base import BaseModule
 from tests.duckdb_process import query
 from tests.end_to_end.whole_run import RUNTIME, assert_exactly_once, learn, samples
@@ -92,6 +92,21 @@ def test_a_run_with_rewards_of_a_service_scores_what_fails(tmp_path: Path) -> No
     assert asked == RUNTIME["sample_per_episode"] // 2 + failed_requests  # these were asked twice
     for file in (tmp_path / "service").rglob("*"):
         assert file.is_dir() or token.encode() not in file.read_bytes(), f"{file} holds the token"
+
+
+def hangs_on_three(completion: str) -> float:
+    while completion == "3":
+        pass
+    return 1 - abs(int(completion) - 7) / 10
+
+
+@pytest.mark.slow
+def test_a_run_with_a_function_that_hangs_scores_what_it_hangs_on(tmp_path: Path) -> None:
+    reward = FunctionReward(
+        function=hangs_on_three, timeout_s=0.2, on_failure="score", failure_reward=-1.0
+    )
+    result = run(reward, tmp_path, "function")
+    assert_failures_are_kept(tmp_path, "function", result, "took longer than 0.2 s")
 
 
 @pytest.mark.slow
