@@ -7,6 +7,8 @@ import os
 import pickle
 import subprocess
 import sys
+import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -156,8 +158,16 @@ def test_objects_of_a_store_are_read_in_ranges(name: str, tmp_path: Path) -> Non
         lazy("memory://bucket/nothing.jsonl")
 
 
+@pytest.fixture
+def forgetful_s3() -> Iterator[None]:
+    """A connection is not kept for tests that have other credentials, or none."""
+    s3fs = pytest.importorskip("s3fs")
+    yield
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+@pytest.mark.usefixtures("forgetful_s3")
 def test_objects_of_s3_are_read_in_ranges(bucket: str, tmp_path: Path) -> None:
-    pytest.importorskip("s3fs")
     rows = [{"prompt": f"{i}" * 100, "n": i} for i in range(3000)]
     url = f"s3://{bucket}/rows.jsonl"
     with fsspec.open(url, "wb") as file:
@@ -187,6 +197,19 @@ def test_a_mistake_in_a_large_file_is_named_with_its_line(
     path.write_text(good + "\n" + line)
     with pytest.raises(DataError, match=message):
         lazy(path)
+
+
+@pytest.mark.slow
+def test_one_broken_line_in_a_million_is_found_and_named(tmp_path: Path) -> None:
+    path = tmp_path / "p.jsonl"
+    with path.open("w") as file:
+        for number in range(1_000_000):
+            good = f'{{"prompt": "what is {number}?", "answer": "{number}"}}\n'
+            file.write(good if number != 734_900 else good.replace(",", ""))
+    started = time.process_time()
+    with pytest.raises(DataError, match=r"p\.jsonl, line 734901, column 30: this is not JSON"):
+        load_rows(path)
+    assert time.process_time() - started < 30  # 4 s were measured
 
 
 def test_a_parquet_file_that_is_small_on_disk_alone_is_read_by_groups(tmp_path: Path) -> None:
