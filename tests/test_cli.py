@@ -97,7 +97,7 @@ WRONG = {
     ),
     "reward is no classifier": (["reward={classifier: model}"], ["Qwen2ForCausalLM"]),
     "reward model missing": (["reward={model: nowhere}"], ["no model folder at", "nowhere"]),
-    "reward interface unknown": (["reward={interface: juge}"], ["reward interface 'juge'"]),
+    "reward interface unknown": (["reward={interface: juge}"], ["unknown interface 'juge'"]),
     "reward hangs": (
         ["reward={function: 'rewards_of_test:hangs', timeout_s: 0.2}"],
         ["took longer than 0.2 s", "1+1="],

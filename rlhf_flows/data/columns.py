@@ -69,6 +69,19 @@ COLUMNS: tuple[Column, ...] = (
         ragged=True,
     ),
     _column(
+        "normalized_values",
+        "float32",
+        "scoring",
+        "with value_norm, one for each response token: the values on the scale the model learns",
+        ragged=True,
+    ),
+    _column(
+        "last_value",
+        "float32",
+        "scoring",
+        "with bootstrap_truncated: what the value model expects after the last token",
+    ),
+    _column(
         "reference_chosen_logprob",
         "float32",
         "scoring",
