@@ -4,15 +4,24 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import (
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
-from rlhf_flows.settings import Settings
+from rlhf_flows.settings import Settings, or_text
 
 __all__ = ["DatasetSettings"]
 
 
 class DatasetSettings(Settings):
     """In place of the fields, the path alone may be given: `dataset=rows.jsonl`."""
+
+    model_config = ConfigDict(json_schema_extra=or_text("file"))
 
     path: str = Field(
         description="JSONL, JSON or Parquet file of rows, local or by URL (s3://bucket/key)."
@@ -31,3 +40,8 @@ class DatasetSettings(Settings):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @model_serializer(mode="wrap")
+    def _as_given(self, serialize: SerializerFunctionWrapHandler) -> Any:
+        """The path alone is what run.json keeps where nothing else is said."""
+        return self.path if self.type is None and not self.args else serialize(self)

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf_flows.settings import Settings
+from rlhf_flows.settings import Settings, or_text
 
 __all__ = ["OnFailure", "RewardSettings", "ScoredText"]
 
@@ -46,20 +46,12 @@ _OF = {
 """Which sources a field has a meaning for."""
 
 
-def _or_a_name(schema: dict[str, Any]) -> None:
-    """Forms and deployments, which check by the schema, take a function's name alone, too."""
-    fields = dict(schema)
-    schema.clear()
-    schema["title"] = fields["title"]
-    schema["anyOf"] = [{"type": "string", "title": "package.module:function"}, fields]
-
-
 class RewardSettings(Settings):
     """Exactly one source. In place of the fields, a function's name alone may be given:
     `reward=package.module:function`.
     """
 
-    model_config = ConfigDict(json_schema_extra=_or_a_name)
+    model_config = ConfigDict(json_schema_extra=or_text("package.module:function"))
 
     function: str | None = Field(
         default=None, description="A function of yours: package.module:function."

@@ -6,7 +6,8 @@ below; what contradicts itself is refused when the object is made. Imports pydan
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Callable
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -19,6 +20,7 @@ __all__ = [
     "RewardModelSettings",
     "SFTSettings",
     "Settings",
+    "or_text",
 ]
 
 
@@ -28,6 +30,20 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True
     )
+
+
+def or_text(title: str) -> Callable[[dict[str, Any]], None]:
+    """For `json_schema_extra` of settings that a text may stand for: forms and deployments, which
+    check by the schema, then take the text, too.
+    """
+
+    def change(schema: dict[str, Any]) -> None:
+        fields = dict(schema)
+        schema.clear()
+        schema["title"] = fields["title"]
+        schema["anyOf"] = [{"type": "string", "title": title}, fields]
+
+    return change
 
 
 class OptimizerSettings(Settings):

@@ -26,6 +26,7 @@ from prefect.client.schemas.filters import (
 )
 from prefect.states import AwaitingRetry
 
+from examples.reviews.data import make
 from tests.deployments.worker import (
     POOL,
     ROOT,
@@ -144,3 +145,42 @@ def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path)
     for picture in ("grpo-curves", "grpo-flows"):
         assert "data:image/svg+xml;base64," in by_key[picture].data
     assert by_key["sft-progress"].data == 100
+
+
+@pytest.mark.long  # five flow processes, one after the other: three minutes and more
+@pytest.mark.timeout(1500)
+@pytest.mark.usefixtures("worker")
+def test_a_pipeline_of_deployment_runs_each_taking_what_the_one_before_trained(
+    client: SyncPrefectClient, ray_head: str, tmp_path: Path
+) -> None:
+    data = make(tmp_path / "reviews")
+    steps = {"num_episode": 1, "sample_per_episode": 32, "train_global_batch_size": 32}
+    common = {
+        "store": {"url": str(tmp_path / "runs")},
+        "cluster": {"address": ray_head},
+        "runtime": steps,
+    }
+    pairs = {"dataset": str(data / "preferences.jsonl")}
+    sampled: dict[str, Any] = {
+        "prompts": str(data / "prompts.jsonl"),
+        "sampler": "transformers",
+        "generation": {"max_new_tokens": 8},
+    }
+    stages: list[tuple[str, str, dict[str, Any]]] = [
+        ("sft/train", "a", {"model": str(data / "model"),
+                            "dataset": str(data / "demonstrations.jsonl")}),
+        ("reward_model/train", "b", {"model": "run:a", **pairs}),
+        ("ppo/train", "c", {"model": "run:a@1", "reward": {"model": "run:b"}, **sampled}),
+        ("dpo/train", "d", {"model": "run:a", **pairs}),
+        ("generate/run", "e", {"model": "run:c/ppo_policy", **sampled,
+                               "prompts": str(data / "held_out_prompts.jsonl"), "runtime": {}}),
+    ]  # fmt: skip
+    for name, run_name, config in stages:
+        deployment = client.read_deployment_by_name(name)
+        flow_run = client.create_flow_run_from_deployment(
+            deployment.id, parameters={"config": {**common, **config, "run_name": run_name}}
+        )
+        done = wait_for(name, lambda run=flow_run: in_state(client, run.id, "COMPLETED", "FAILED"))  # type: ignore[misc]
+        assert done.state is not None
+        assert done.state.is_completed(), f"{name}: {done.state.message}"
+    assert len(list((tmp_path / "runs/e/evaluations").rglob("*.parquet"))) == 1

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prefect.utilities.callables import parameter_schema
+from prefect.utilities.schema_tools.validation import validate
 
 from examples.reviews.data import make
 from rlhf_flows.config import StoreConfig
@@ -147,3 +149,14 @@ def test_what_a_users_module_registers_is_known_once_it_is_imported(
     with pytest.raises(ConfigError, match="'my_kind' of `imports` cannot be imported"):
         recipe.check(load_config(recipe.config, [*words, "imports=[my_kind]"]))
     recipe.check(load_config(recipe.config, [*words, "imports=[my_kinds]"]))
+
+
+def test_a_dataset_is_its_path_or_its_fields_in_files_and_in_forms() -> None:
+    schema = parameter_schema(find_recipe("sft").flow()).model_dump_for_openapi()
+    for found in ("rows.jsonl", {"path": "rows.jsonl", "type": "mine", "args": {"a": 1}}):
+        config = {"model": "m", "dataset": found}
+        assert not validate({"config": config}, schema, raise_on_error=False)
+        made = find_recipe("sft").config.model_validate(config)
+        assert made.model_dump(mode="json")["dataset"] == found
+        assert type(made).model_validate(made.model_dump(mode="json")) == made
+    assert validate({"config": {"model": "m", "dataset": {"pth": "x"}}}, schema)
