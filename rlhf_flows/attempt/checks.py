@@ -17,7 +17,7 @@ from rlhf_flows.attempt.module_checks import (
 from rlhf_flows.attempt.placement import check_fits_here
 from rlhf_flows.attempt.shares import Share, shares_of
 from rlhf_flows.config import EngineConfig, RuntimeEnvConfig
-from rlhf_flows.data.row_sequences import JoinedRows, LazyRows, LoadedRows, check_ids
+from rlhf_flows.data.row_sequences import JoinedRows, LazyRows, LoadedRows, check_ids, columns_of
 from rlhf_flows.data.rows import load_rows, rows_digest
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import BATCH, Graph, phases, trace
@@ -290,10 +290,13 @@ def _dataset(
             f" {'are' if len(parts) > 1 else 'is'} {len(parts)}"
             f" dataset{'s' if len(parts) > 1 else ''}: give one number for each"
         )
-    rows = parts[0] if len(parts) == 1 else JoinedRows(parts)
+    rows = JoinedRows(parts) if is_mixed else parts[0]
+    # Large files are looked at one by one: of columns that differ, rows would have to be copied.
+    is_large = is_mixed and any(columns_of(part_rows) is not None for part_rows in parts)
     for owner in owners:
         check_builds(modules[owner])
-        modules[owner].validate_rows(rows, is_eval=is_eval)
+        for given in parts if is_large else [rows]:
+            modules[owner].validate_rows(given, is_eval=is_eval)
     is_ranked = any(config.for_model(name).batch_generation.ranking for name in modules)
     sizes = tuple(len(part_rows) for part_rows in parts) if is_mixed else ()
     info = DatasetInfo(
