@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Dataset
 
 from rlhf_flows.data.prompts import PromptDataset
-from rlhf_flows.data.row_sequences import columns_of, where_of
+from rlhf_flows.data.row_sequences import columns_of, indices_to_check, where_of
 from rlhf_flows.data.row_types import kind_of
 from rlhf_flows.data.rows import near_name
 from rlhf_flows.errors import DataError
@@ -72,8 +72,10 @@ class DemonstrationDataset(Dataset[dict[str, Any]]):
         return {**item, "completion": text, "response_ids": torch.tensor(ids, dtype=torch.int64)}
 
     def check(self) -> None:
-        """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
-        for index in range(len(self)):
+        """Tokenizes the rows (of a large file, some of them), so that a bad one is found at the
+        start. Raises DataError.
+        """
+        for index in indices_to_check(self._prompts.rows, len(self)):
             self[index]
 
 

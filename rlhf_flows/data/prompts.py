@@ -21,15 +21,12 @@ from torch.utils.data import Dataset
 from rlhf_flows.data.arrow import to_arrow
 from rlhf_flows.data.batch import collate
 from rlhf_flows.data.columns import GENERATED_COLUMNS
-from rlhf_flows.data.row_sequences import columns_of, where_of
+from rlhf_flows.data.row_sequences import columns_of, indices_to_check, where_of
 from rlhf_flows.data.row_types import uniform_rows
 from rlhf_flows.data.rows import check_prompt, load_rows, rows_digest
 from rlhf_flows.errors import DataError
 
 __all__ = ["PromptDataset", "check_prompt", "load_rows", "prompt_text", "rows_digest"]
-
-
-_ROWS_OF_A_PART = 1024
 
 
 class Tokenizer(Protocol):
@@ -108,18 +105,15 @@ class PromptDataset(Dataset[dict[str, Any]]):
         return {"prompt": text, "prompt_ids": ids, **others}
 
     def check(self) -> int:
-        """Tokenize every row and see that its columns can be stored, so that a bad one is found at
-        the start; the longest prompt, in tokens."""
+        """Tokenize the rows (of a large file, some of them) and see that their columns can be
+        stored, so that a bad one is found at the start; the longest prompt, in tokens."""
         longest = 0
-        # What a large file holds is looked at in parts: all of it need not fit into memory.
-        part = len(self) if columns_of(self.rows) is None else _ROWS_OF_A_PART
-        for start in range(0, len(self), part):
-            others = []
-            for index in range(start, min(start + part, len(self))):
-                item = self[index]
-                longest = max(longest, len(item.pop("prompt_ids")))
-                others.append(item)
-            to_arrow(collate(others))
+        others: list[Any] = []
+        for index in indices_to_check(self.rows, len(self)):
+            item = self[index]
+            longest = max(longest, len(item.pop("prompt_ids")))
+            others.append(item)
+        to_arrow(collate(others))
         return longest
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "RowIds",
     "check_ids",
     "columns_of",
+    "indices_to_check",
     "open_here",
     "where_of",
 ]
@@ -46,6 +47,20 @@ def columns_of(rows: Sequence[Any]) -> tuple[str, ...] | None:
     """
     found: tuple[str, ...] | None = getattr(rows, "columns", None)
     return found
+
+
+def indices_to_check(rows: Sequence[Any], size: int) -> Iterable[int]:
+    """Which of the `size` items that were made of the rows are tokenized before anything starts.
+
+    All of them; of a file that is read when asked for, whose lines were all looked at once, as many
+    as a minute allows, spread over the whole of it.
+    """
+    if columns_of(rows) is None or size <= _MOST_CHECKED:
+        return range(size)
+    return (i * (size - 1) // (_MOST_CHECKED - 1) for i in range(_MOST_CHECKED))
+
+
+_MOST_CHECKED = 10_000
 
 
 class LoadedRows(list[dict[str, Any]]):

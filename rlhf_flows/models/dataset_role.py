@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from rlhf_flows.data.dataset_kinds import check_dataset, find_dataset, make_dataset
-from rlhf_flows.data.row_sequences import where_of
+from rlhf_flows.data.row_sequences import indices_to_check, where_of
 from rlhf_flows.errors import DataError, RlhfFlowsError
 from rlhf_flows.models.causal_lm import load_tokenizer
 from rlhf_flows.modules.base import BaseModule
@@ -87,13 +87,15 @@ class MakesDataset(BaseModule):
         )
 
     def validate_rows(self, rows: Sequence[Any], *, is_eval: bool = False) -> None:
-        """Tokenizes every row, so that a bad one is found at the start. Raises DataError."""
+        """Tokenizes the rows (of a large file, some of them), so that a bad one is found at the
+        start. Raises DataError.
+        """
         dataset = self.build_dataset(rows, is_eval)
         if type(dataset).__module__.startswith("rlhf_flows."):
             dataset.check()
             self._check_item(dataset[0], dataset, 0, is_eval)
             return
-        for index in range(len(dataset)):
+        for index in indices_to_check(rows, len(dataset)):
             try:
                 item = dataset[index]
             except RlhfFlowsError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pickle
@@ -134,6 +135,15 @@ def test_a_file_that_is_not_there_or_another_is_refused_where_it_is_to_be_read(
     path.unlink()
     with pytest.raises(DataError, match=r"no such file.*under this path, or on object storage"):
         open_here(arrived)
+
+
+def test_of_a_large_file_items_are_checked_here_and_there_of_a_list_all(tmp_path: Path) -> None:
+    many = lazy(written(tmp_path / "p.jsonl", ROWS))
+    assert list(indices_to_check(many, 30)) == list(range(30))
+    chosen = list(indices_to_check(many, 10**6))
+    assert (len(chosen), chosen[0], chosen[-1]) == (10_000, 0, 10**6 - 1)
+    assert all(a < b for a, b in itertools.pairwise(chosen))
+    assert indices_to_check(list(many), 10**6) == range(10**6)
 
 
 def test_a_changed_file_is_looked_at_again(tmp_path: Path) -> None:
