@@ -87,9 +87,9 @@ class ValueTrainer(CausalLMTrainer, ScalarModule):
             if name in scale:
                 tensor.copy_(scale[name])
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def running_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The model's, and the statistics of returns that its outputs are normalized by."""
-        yield from super().named_weights()
+        yield from super().running_weights()
         yield from scale_tensors(self.moments).items()
 
     def save_pretrained(self, folder: Path) -> None:

@@ -60,14 +60,14 @@ class TorchModule(BaseModule):
         Names and shapes are those of a checkpoint. The tensors are the model's own, detached: copy
         what must outlive the next step.
         """
-        for name, tensor in self._running_weights():
+        for name, tensor in self.running_weights():
             yield from self._parts(name, tensor)
 
     def trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The float32 masters in place of the weights that have one."""
         masters = self.master_weights or {}
-        for name, tensor in self.named_weights():
-            yield name, masters.get(name, tensor).detach()
+        for name, tensor in self.running_weights():
+            yield from self._parts(name, masters.get(name, tensor).detach())
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights. Raises SyncError, with nothing changed, unless they fit exactly."""
@@ -92,12 +92,15 @@ class TorchModule(BaseModule):
                 " changed: send the weights of the same model in the same dtype"
             )
         with torch.no_grad():
-            for name, tensor in self._running_weights():
+            for name, tensor in self.running_weights():
                 self._fill(name, tensor, given)
             for name, master in (self.master_weights or {}).items():
                 self._fill(name, master, given)
 
-    def _running_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def running_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """As `named_weights`, in names and shapes of the model as it runs. A subclass may add what
+        is to travel with the weights.
+        """
         seen: set[int] = set()
         for name, tensor in self._model().state_dict(keep_vars=True).items():
             if id(tensor) not in seen:

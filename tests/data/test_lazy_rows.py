@@ -32,6 +32,7 @@ from rlhf_flows.data import (
     rows_digest,
     where_of,
 )
+from rlhf_flows.data.row_sequences import indices_to_check
 from rlhf_flows.errors import DataError
 from rlhf_flows.models.tiny import character_tokenizer
 
