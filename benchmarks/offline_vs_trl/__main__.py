@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 from benchmarks.machine import describe_machine, one_line
 from benchmarks.models import MODELS, build_model, build_reward_model
 from benchmarks.offline_vs_trl.assets import build_rows
-from benchmarks.offline_vs_trl.work import What, Work
+from benchmarks.offline_vs_trl.work import Lengths, What, Work
 from benchmarks.options import options_of
 from benchmarks.side import Measured, bench_folder, measure, trl_python
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--model", choices=[*MODELS], default="tiny")
     parser.add_argument("--what", default=",".join(get_args(What)), help="of sft,reward,dpo")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--lengths", choices=get_args(Lengths), default="even", help="of rows")
     parser.add_argument("--rounds", type=int, default=2, help="how often each side runs")
     parser.add_argument("--steps", type=int, help="optimizer steps of one episode")
     parser.add_argument("--episodes", type=int, help="measured episodes of one run")
@@ -61,7 +62,7 @@ def main() -> None:
         work = Work(
             what=what,
             model=str(build(args.model, root)),
-            rows=str(build_rows(what, root)),
+            rows=str(build_rows(what, args.lengths, root)),
             dtype=args.dtype,
             batch=BATCH[args.model][what],
             steps=args.steps or (4 if args.quick else STEPS[args.model]),

@@ -9,10 +9,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Dtype", "What", "Work"]
+__all__ = ["Dtype", "Lengths", "What", "Work"]
 
 Dtype = Literal["float32", "bfloat16"]
 What = Literal["sft", "reward", "dpo"]
+Lengths = Literal["even", "uneven"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
