@@ -38,7 +38,7 @@ fix: dev ## let ruff format the code and fix what it can
 
 bench: ## run the benchmarks, or one: make bench ONLY=overhead
 	scripts/install.sh --dev
-	$(if $(filter-out grpo_vs_trl,$(ONLY)),,$(MAKE) -C benchmarks/grpo_vs_trl venv)
+	$(if $(filter-out %_vs_trl,$(ONLY)),,$(MAKE) -C benchmarks/grpo_vs_trl venv)
 	@set -e; for main in benchmarks/$(or $(ONLY),*)/__main__.py; do \
 		name=$$(basename $$(dirname $$main)); echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name $(ARGS); done

@@ -6,7 +6,7 @@ import json
 import os
 from typing import Any
 
-__all__ = ["mark", "read_mark"]
+__all__ = ["mark", "read_mark", "worker_processes"]
 
 _MARK = "BENCH "
 
@@ -22,3 +22,13 @@ def read_mark(line: str) -> dict[str, Any] | None:
         return None
     found: dict[str, Any] = json.loads(line.removeprefix(_MARK))
     return found
+
+
+def worker_processes() -> dict[int, str]:
+    """Process id of each pool's workers."""
+    import ray
+
+    actors = ray.util.list_named_actors(all_namespaces=True)
+    workers = {a["name"]: ray.get_actor(a["name"], a["namespace"]) for a in actors}
+    states: list[Any] = ray.get([w.state.remote() for w in workers.values()])
+    return {state.pid: name for name, state in zip(workers, states, strict=True)}

@@ -13,17 +13,18 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from benchmarks.grpo_vs_trl.assets import MODELS, build_model, build_prompts
+from benchmarks.grpo_vs_trl.assets import build_prompts
 from benchmarks.grpo_vs_trl.floor import count_flops
-from benchmarks.grpo_vs_trl.side import Measured, SideName, measure
 from benchmarks.grpo_vs_trl.work import Dtype, Work
 from benchmarks.machine import describe_machine, one_line
+from benchmarks.models import MODELS, build_model
+from benchmarks.options import options_of
+from benchmarks.side import Measured, bench_folder, measure, trl_python
 
 DTYPES: dict[str, Dtype] = {"tiny": "float32", "small": "bfloat16"}
 STEPS = {"tiny": 6, "small": 3}
@@ -41,8 +42,8 @@ def main() -> None:
     parser.add_argument("--ours-only", action="store_true", help="leave TRL out")
     parser.add_argument("--json", type=Path, help="write all that was measured here")
     args = parser.parse_args()
-    trl = None if args.ours_only else _trl_python()
-    root = Path(os.environ.get("BENCH_DIR") or Path(tempfile.gettempdir(), "rlhf-flows-bench"))
+    trl = None if args.ours_only else trl_python()
+    root = bench_folder()
     machine = describe_machine()
     print(one_line(machine))
     results: dict[str, Any] = {"machine": machine}
@@ -62,17 +63,6 @@ def main() -> None:
             results[name] = _compare(name, work, root, trl, rounds=rounds)
     if args.json:
         args.json.write_text(json.dumps(results, indent=1))
-
-
-def _trl_python() -> str:
-    folder = Path(os.environ.get("BENCH_TRL_VENV") or Path(tempfile.gettempdir(), "trl-venv"))
-    python = folder / "bin" / "python"
-    if not python.exists():
-        sys.exit(
-            f"no virtual environment with TRL at {folder}: make it with"
-            " `make -C benchmarks/grpo_vs_trl venv`, or name another with BENCH_TRL_VENV"
-        )
-    return str(python)
 
 
 def _compare(name: str, work: Work, root: Path, trl: str | None, *, rounds: int) -> dict[str, Any]:
@@ -101,8 +91,16 @@ def _compare(name: str, work: Work, root: Path, trl: str | None, *, rounds: int)
     }
 
 
-def _run(side: SideName, work: Work, root: Path, python: str) -> Measured:
-    found = measure(side, work, python=python, log=root / f"{side}.log")
+def _run(side: Literal["ours", "trl_side"], work: Work, root: Path, python: str) -> Measured:
+    found = measure(
+        f"benchmarks.grpo_vs_trl.{side}",
+        options_of(work),
+        warmup=work.warmup,
+        steps=work.steps,
+        main_process="the flow" if side == "ours" else "the trainer",
+        python=python,
+        log=root / f"{side}.log",
+    )
     how = "TRL"
     if side == "ours":
         how = f"ours, full checkpoint every {work.save_interval}, {work.samplers} sampler(s)"
@@ -191,14 +189,14 @@ def _learn(root: Path, trl: str | None, *, steps: int, seeds: int) -> dict[str, 
     found: dict[str, Any] = {"work": asdict(work), "runs": []}
     for seed in range(7, 7 + seeds):
         seeded = replace(work, seed=seed)
-        sides = [_run("ours", seeded, root, sys.executable)]
+        sides = {"ours": _run("ours", seeded, root, sys.executable)}
         if trl is not None:
-            sides.append(_run("trl_side", seeded, root, trl))
-        for measured in sides:
+            sides["trl_side"] = _run("trl_side", seeded, root, trl)
+        for side, measured in sides.items():
             curve = measured.curves["reward"]
             every = [f"{value:.3f}" for value in curve[:: max(1, steps // 10)]]
-            print(f"  {measured.side} seed {seed}: reward {' '.join(every)} … {curve[-1]:.3f}")
-            found["runs"].append({"side": measured.side, "seed": seed, "curves": measured.curves})
+            print(f"  {side} seed {seed}: reward {' '.join(every)} … {curve[-1]:.3f}")
+            found["runs"].append({"side": side, "seed": seed, "curves": measured.curves})
     _print_curves(found["runs"], steps)
     return found
 

@@ -10,10 +10,10 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
-from benchmarks.marks import mark
+from benchmarks.grpo_vs_trl.work import Work, digit_share
+from benchmarks.marks import mark, worker_processes
+from benchmarks.options import from_command_line
 from rlhf_flows.tasks import NoProgress
 
 
@@ -39,20 +39,10 @@ class Marks(NoProgress):
         if phase != "param_sync":
             return
         if number == 0:
-            mark("processes", names=_processes())
+            mark("processes", names=worker_processes())
         else:
             mark("step", number=number, seconds=self._seconds, metrics=self._metrics)
         self._seconds, self._metrics = {}, {}
-
-
-def _processes() -> dict[int, str]:
-    """Process id of each pool's workers."""
-    import ray
-
-    actors = ray.util.list_named_actors(all_namespaces=True)
-    workers = {a["name"]: ray.get_actor(a["name"], a["namespace"]) for a in actors}
-    states: list[Any] = ray.get([w.state.remote() for w in workers.values()])
-    return {state.pid: name for name, state in zip(workers, states, strict=True)}
 
 
 def main(work: Work) -> None:
@@ -116,4 +106,4 @@ def main(work: Work) -> None:
 
 
 if __name__ == "__main__":
-    main(from_command_line())
+    main(from_command_line(Work))

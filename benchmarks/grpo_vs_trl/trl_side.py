@@ -25,8 +25,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from benchmarks.grpo_vs_trl.work import Work, digit_share, from_command_line
+from benchmarks.grpo_vs_trl.work import Work, digit_share
 from benchmarks.marks import mark
+from benchmarks.options import from_command_line
 
 
 class Timers:
@@ -147,4 +148,4 @@ def main(work: Work) -> None:
 
 
 if __name__ == "__main__":
-    main(from_command_line())
+    main(from_command_line(Work))

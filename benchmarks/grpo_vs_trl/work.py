@@ -6,11 +6,10 @@ one AdamW step on the GRPO loss with a KL term, mean over sequences of their mea
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["Dtype", "Work", "digit_share", "from_command_line"]
+__all__ = ["Dtype", "Work", "digit_share"]
 
 Dtype = Literal["float32", "bfloat16"]
 
@@ -46,17 +45,6 @@ class Work:
     @property
     def samples_per_step(self) -> int:
         return self.prompts_per_step * self.samples
-
-    def options(self) -> list[str]:
-        return [f"--{name}={value}" for name, value in asdict(self).items()]
-
-
-def from_command_line() -> Work:
-    parser = argparse.ArgumentParser()
-    for name, field in Work.__dataclass_fields__.items():
-        kind = {"int": int, "float": float}.get(str(field.type), str)
-        parser.add_argument(f"--{name}", type=kind, required=True)
-    return Work(**vars(parser.parse_args()))
 
 
 def digit_share(completion: str) -> float:

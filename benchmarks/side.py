@@ -1,31 +1,52 @@
-"""Runs one side in a process tree of its own, and reads the clocks at each of its marks."""
+"""Runs one side of a comparison in a process tree of its own, and reads the clocks at its marks.
+
+A side is a module that takes its work as options and marks the end of each of its steps; a step is
+whatever the comparison counts by.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
 import statistics
+import sys
+import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from benchmarks.cpu_clock import CpuTree, Reading
-from benchmarks.grpo_vs_trl.work import Work
 from benchmarks.marks import read_mark
 from rlhf_flows.services.environment import prepare_environment
 
-__all__ = ["Measured", "SideName", "measure"]
+__all__ = ["Measured", "bench_folder", "measure", "trl_python"]
 
-SideName = Literal["ours", "trl_side"]
-_REPOSITORY = Path(__file__).resolve().parents[2]
+_REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+def bench_folder() -> Path:
+    """Where models and logs go."""
+    return Path(os.environ.get("BENCH_DIR") or Path(tempfile.gettempdir(), "rlhf-flows-bench"))
+
+
+def trl_python() -> str:
+    """The interpreter of TRL's own environment; ends the program where there is none."""
+    folder = Path(os.environ.get("BENCH_TRL_VENV") or Path(tempfile.gettempdir(), "trl-venv"))
+    python = folder / "bin" / "python"
+    if not python.exists():
+        sys.exit(
+            f"no virtual environment with TRL at {folder}: make it with"
+            " `make -C benchmarks/grpo_vs_trl venv`, or name another with BENCH_TRL_VENV"
+        )
+    return str(python)
 
 
 @dataclass(slots=True, kw_only=True)
 class Measured:
     """What one run of one side took, per step, after its warm-up."""
 
-    side: str
     cpu_s: list[float] = field(default_factory=list)
     wall_s: list[float] = field(default_factory=list)
     phases: dict[str, float] = field(default_factory=dict)
@@ -49,13 +70,24 @@ class Measured:
         return statistics.fmean(self.wall_s)
 
 
-def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
-    """Runs the side to its end.
+def measure(
+    module: str,
+    options: Sequence[str],
+    *,
+    warmup: int,
+    steps: int,
+    main_process: str,
+    python: str,
+    log: Path,
+) -> Measured:
+    """Runs the side to its end; what it does after its last step is not counted.
+
+    Args:
+        main_process: what to call the process that is started, among those that it starts.
 
     Raises:
         RuntimeError: it failed; its output is in `log`.
     """
-    command = [python, "-m", f"benchmarks.grpo_vs_trl.{side}", *work.options()]
     readings: list[Reading] = []
     marks: list[dict[str, Any]] = []
     names: dict[int, str] = {}
@@ -63,6 +95,7 @@ def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
     prepare_environment()  # as the command line does
     environment = {k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"}
     environment |= {"PYTHONPATH": str(_REPOSITORY), "PREFECT_HOME": str(log.with_name("prefect"))}
+    command = [python, "-m", module, *options]
     with CpuTree(command, env=environment, errors=log) as tree, log.open("a") as lines:
         begun = tree.read()
         for line in tree.lines():
@@ -77,28 +110,35 @@ def measure(side: SideName, work: Work, *, python: str, log: Path) -> Measured:
             for name, value in mark.get("metrics", {}).items():
                 curves[name].append(value)
         code = tree.process.wait()
-    if code != 0 or len(readings) != work.warmup + work.steps:
+    if code != 0 or len(readings) != warmup + steps:
         raise RuntimeError(
-            f"{side} ended with exit code {code} after {len(readings)} steps of"
-            f" {work.warmup + work.steps}: see {log}"
+            f"{module} ended with exit code {code} after {len(readings)} steps of"
+            f" {warmup + steps}: see {log}"
         )
-    names[tree.process.pid] = "the flow" if side == "ours" else "the trainer"
-    found = Measured(side=side, curves=dict(curves))
-    measured = readings[work.warmup - 1 :]
-    for before, after in itertools.pairwise(measured):
+    names[tree.process.pid] = main_process
+    found = _between(readings[warmup - 1 :], names)
+    found.curves = dict(curves)
+    found.startup_s = readings[warmup - 1].at_s - begun.at_s
+    for mark in marks[warmup:]:
+        for phase, seconds in mark["seconds"].items():
+            found.phases[phase] = found.phases.get(phase, 0.0) + seconds / steps
+    return found
+
+
+def _between(readings: Sequence[Reading], names: dict[int, str]) -> Measured:
+    """What the steps took that ended at each reading but the first."""
+    found = Measured()
+    for before, after in itertools.pairwise(readings):
         found.cpu_s.append(after.cpu_s - before.cpu_s)
         found.wall_s.append(after.at_s - before.at_s)
-    first, last = measured[0], measured[-1]
-    found.startup_s, found.startup_cpu_s = first.at_s - begun.at_s, first.cpu_s
+    first, last = readings[0], readings[-1]
+    found.startup_cpu_s = first.cpu_s
     found.accounts = {
         "proc": last.proc_s - first.proc_s,
         "group": None if last.group_s is None or first.group_s is None
         else last.group_s - first.group_s,
     }  # fmt: skip
-    for mark in marks[work.warmup :]:
-        for phase, seconds in mark["seconds"].items():
-            found.phases[phase] = found.phases.get(phase, 0.0) + seconds / work.steps
-    found.processes = _by_process(first, last, names, work.steps)
+    found.processes = _by_process(first, last, names, len(readings) - 1)
     return found
 
 
