@@ -11,12 +11,15 @@ import asyncio
 import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from typing import Any, Self, cast
 
 import prefect
+from pydantic import create_model, model_validator
 
 from rlhf_flows.config import EngineConfig, StoreConfig
+from rlhf_flows.config_loading import merge_settings
 from rlhf_flows.engine import Engine
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.flow import RunResult
@@ -56,8 +59,6 @@ class Recipe(ABC):
     name: str
     description: str
     config: type[EngineConfig]
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-    """Settings under those of the user, in the nested form of a YAML file."""
 
     @abstractmethod
     def check(self, config: Any) -> None:
@@ -70,12 +71,15 @@ class Recipe(ABC):
         """All of it, or what is missing of it."""
 
     def derived(self, name: str, description: str = "", **defaults: Any) -> Self:
-        """The same under another name, with other defaults: `reward={"interface": "mine"}`."""
+        """The same under another name, with other defaults: `reward={"interface": "mine"}`.
+
+        `defaults` are settings under those of the user, in the nested form of a YAML file.
+        """
         return replace(
             self,
             name=name,
             description=description or f"{self.name} with other defaults",
-            defaults={**self.defaults, **defaults},
+            config=_with_defaults(self.config, defaults, name),
         )
 
     def flow(self) -> Any:
@@ -91,6 +95,38 @@ class Recipe(ABC):
         # What Prefect makes the form from.
         train.__annotations__ = {"config": self.config, "return": None}
         return prefect.flow(name=self.name, persist_result=False)(train)
+
+
+def _with_defaults(
+    config: type[EngineConfig], defaults: Mapping[str, Any], name: str
+) -> type[EngineConfig]:
+    """The configuration with other defaults, in programs, files and forms."""
+    show_more: Any = config.model_config.get("json_schema_extra", lambda schema: None)
+
+    def show(schema: dict[str, Any]) -> None:
+        show_more(schema)
+        for name, value in defaults.items():
+            schema["properties"][name]["default"] = value
+        schema["required"] = [n for n in schema.get("required", ()) if n not in defaults]
+
+    def under(cls: Any, given: Any) -> Any:
+        if not isinstance(given, Mapping):
+            return given
+        merged: dict[str, Any] = deepcopy(dict(defaults))
+        merge_settings(merged, given)
+        return merged
+
+    validator: Any = model_validator(mode="before")(cast("Any", classmethod(under)))
+    made: type[EngineConfig] = create_model(
+        config.__name__,
+        __base__=config,
+        __doc__=config.__doc__,
+        # A name of its own: of one that is derived again, both are asked, the newer one first.
+        __validators__={f"_under_{name}": validator},
+    )
+    made.model_config = {**made.model_config, "json_schema_extra": show}
+    made.model_rebuild(force=True)
+    return made
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -76,7 +76,7 @@ def train(
     from rlhf_flows.deployments import find_recipe
 
     chosen = find_recipe(recipe)
-    loaded = load_config(chosen.config, settings or (), file=config, defaults=chosen.defaults)
+    loaded = load_config(chosen.config, settings or (), file=config)
     if json_file is not None and not json_file.absolute().parent.is_dir():
         raise typer.BadParameter(f"{json_file.parent} is no folder", param_hint="--json")
     if json_file is not None and json_file.is_dir():

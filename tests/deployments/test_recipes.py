@@ -34,7 +34,6 @@ def run(name: str, store: Path, *words: str, **runtime: Any) -> Any:
         recipe.config,
         [f"store.url={store}", *(f"runtime.{k}={v}" for k, v in short.items()), *words],
         file=EXAMPLES / f"{name}.yaml",
-        defaults=recipe.defaults,
     )
     recipe.check(config)
     return asyncio.run(recipe.run(config))
@@ -105,12 +104,29 @@ def test_a_registered_recipe_has_other_defaults_which_words_override() -> None:
     register_recipe(mine)
     assert known_recipes()["mine"] == "mine"
     words = ["model=m", "prompts=p.jsonl", "ppo.gamma=0.9"]
-    config = load_config(mine.config, words, defaults=find_recipe("mine").defaults)
+    config: Any = load_config(find_recipe("mine").config, words)
     assert (config.ppo.kl_coef, config.ppo.gamma, config.reward.function) == (0.2, 0.9, "a.b:c")
-    words.append("ppo.kl_coef=0.3")
-    assert load_config(mine.config, words, defaults=mine.defaults).ppo.kl_coef == 0.3
+    words += ["ppo.kl_coef=0.3", "reward=d.e:f"]
+    config = load_config(mine.config, words)
+    assert (config.ppo.kl_coef, config.reward.function) == (0.3, "d.e:f")
+    again = mine.derived("again", ppo={"gamma": 0.8})
+    both: Any = again.config(model="m", prompts="p")  # type: ignore[call-arg]
+    assert (both.ppo.kl_coef, both.ppo.gamma) == (0.2, 0.8)
     with pytest.raises(ConfigError, match="one of rlhf_flows' own"):
         register_recipe(find_recipe("ppo").derived("sft"))
+    with pytest.raises(ConfigError, match=r"unknown setting 'ppo.kl_coeff': did you mean 'ppo.kl_"):
+        load_config(mine.config, [*words, "ppo.kl_coeff=1"])
+
+
+def test_a_form_of_a_registered_recipe_shows_its_defaults() -> None:
+    mine = find_recipe("ppo").derived("formed", reward="a.b:c", ppo={"kl_coef": 0.2})
+    schema = parameter_schema(mine.flow()).model_dump_for_openapi()
+    shown = schema["definitions"]["PPOConfig"]
+    assert shown["properties"]["reward"]["default"] == "a.b:c"
+    assert shown["properties"]["ppo"]["default"] == {"kl_coef": 0.2}
+    assert shown["required"] == ["model", "prompts"]
+    assert not validate({"config": {"model": "m", "prompts": "p"}}, schema, raise_on_error=False)
+    assert "reward" in find_recipe("ppo").config.model_json_schema()["required"]
 
 
 @pytest.mark.parametrize(

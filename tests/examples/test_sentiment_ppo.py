@@ -42,7 +42,7 @@ def test_a_classifier_of_hugging_face_replaces_the_reward_model_of_ppo(tmp_path:
         "ppo.kl_coef=0.1", "generation.top_p=0.9", "generation.max_new_tokens=8",
         "runtime.num_episode=1", "runtime.sample_per_episode=16",
     ]  # fmt: skip
-    config = load_config(recipe.config, words, defaults=recipe.defaults)
+    config = load_config(recipe.config, words)
     assert (config.ppo.kl_coef, config.generation.top_p) == (0.1, 0.9)
     recipe.check(config)
     done = recipe.build(config).learn()
