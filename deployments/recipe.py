@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from importlib.metadata import entry_points
 from typing import Any, Self, cast
 
 import prefect
@@ -185,10 +186,12 @@ def register_recipe(recipe: Recipe) -> Recipe:
 
 def find_recipe(name: str) -> Recipe:
     """By its name, or by `package.module:name`: a recipe there, or one that is registered when the
-    module is imported.
+    module is imported. Installed packages may name some: entry points of "rlhf_flows.recipes".
 
     Raises ConfigError with the nearest name.
     """
+    if name not in _RECIPES.names():
+        name = _installed().get(name, name)
     module, colon, last = name.partition(":")
     if module and colon:
         load_module(module, asked_by=f"recipe {name!r}")
@@ -206,8 +209,13 @@ def known_recipes(module: str | None = None) -> dict[str, str]:
     """Names and descriptions: ours, and what `module` registers when it is imported."""
     if module is not None:
         load_module(module, asked_by="the module of recipes")
-    registered = [name for name in _RECIPES.names() if name not in OWN]
-    return {**OWN, **{name: _RECIPES.find(name).description for name in registered}}
+    others = {*_RECIPES.names(), *_installed()} - OWN.keys()
+    return {**OWN, **{name: find_recipe(name).description for name in sorted(others)}}
+
+
+def _installed() -> dict[str, str]:
+    """Recipes of installed packages: their names, and where they are."""
+    return {point.name: point.value for point in entry_points(group="rlhf_flows.recipes")}
 
 
 def store_words(config: EngineConfig, option: str = "--store ") -> str:

@@ -118,6 +118,23 @@ def test_a_registered_recipe_has_other_defaults_which_words_override() -> None:
         load_config(mine.config, [*words, "ppo.kl_coeff=1"])
 
 
+def test_an_installed_package_may_name_recipes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "their_recipes.py").write_text(
+        "from rlhf_flows import find_recipe\n"
+        "THEIRS = find_recipe('sft').derived('theirs', 'what it does')\n"
+    )
+    about = tmp_path / "their_package-1.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    points = "[rlhf_flows.recipes]\ntheirs = their_recipes:THEIRS\n"
+    (about / "entry_points.txt").write_text(points)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert find_recipe("theirs").description == "what it does"
+    assert known_recipes()["theirs"] == "what it does"
+
+
 def test_a_form_of_a_registered_recipe_shows_its_defaults() -> None:
     mine = find_recipe("ppo").derived("formed", reward="a.b:c", ppo={"kl_coef": 0.2})
     schema = parameter_schema(mine.flow()).model_dump_for_openapi()
