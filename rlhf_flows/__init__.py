@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     )
     from rlhf_flows.graph import ControlDependencies
     from rlhf_flows.initialization import init
-    from rlhf_flows.models.families import Family, check_family, register_family
+    from rlhf_flows.models.families import Family, register_family
+    from rlhf_flows.models.family_check import check_family
     from rlhf_flows.models.interfaces import register_interface
     from rlhf_flows.modules import (
         BaseModule,
@@ -105,7 +106,7 @@ _HOMES = {
     "TorchModule": "rlhf_flows.modules",
     "Trainer": "rlhf_flows.engine",
     "VLLMModule": "rlhf_flows.modules",
-    "check_family": "rlhf_flows.models.families",
+    "check_family": "rlhf_flows.models.family_check",
     "find_recipe": "rlhf_flows.deployments",
     "init": "rlhf_flows.initialization",
     "register_dataset": "rlhf_flows.data.dataset_kinds",

@@ -11,7 +11,7 @@ from rlhf_flows import BaseModule, Call, GraphEngine, ModelInterface, register_i
 from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.graph import trace
 from rlhf_flows.models.interfaces import make_interface
-from rlhf_flows.modules.interface import call_by_keys
+from rlhf_flows.modules.keyed_step import call_by_keys
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     learn,
@@ -56,16 +56,23 @@ def test_edges_follow_from_columns_whatever_the_order_of_the_calls() -> None:
 def test_an_interface_sees_its_columns_under_its_own_names_and_gives_no_others() -> None:
     data = {"completion": ["a", "b"], "secret": ["x", "y"], "sample_id": ["1", "2"]}
     keys: dict[str, Any] = {
-        "step": "forward_step", "inputs": ("completion",), "known_as": {"completion": "text"},
+        "inputs": ("completion",), "known_as": {"completion": "text"},
     }  # fmt: skip
     module = Shout("shout")
-    found = call_by_keys(module, data, outputs=("cry",), gives={"cry": "loud"}, **keys)
+    found = call_by_keys(
+        module.forward_step, module.name, data, outputs=("cry",), gives={"cry": "loud"}, **keys
+    )
     assert found == {"cry": ["A", "B"]}
     with pytest.raises(DataError, match="was to give 'cry', and gave beside, loud"):
-        call_by_keys(module, data, outputs=("cry",), gives={}, **keys)
+        call_by_keys(module.forward_step, module.name, data, outputs=("cry",), gives={}, **keys)
     with pytest.raises(DataError, match=r"needs 'completions', .* \(nearest: 'completion'\)"):
         call_by_keys(
-            module, data, outputs=("loud",), gives={}, **{**keys, "inputs": ("completions",)}
+            module.forward_step,
+            module.name,
+            data,
+            outputs=("loud",),
+            gives={},
+            **{**keys, "inputs": ("completions",)},
         )
 
 

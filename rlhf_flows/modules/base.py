@@ -241,12 +241,12 @@ class BaseModule:
         gives: Mapping[str, str],
     ) -> Batch:
         """`step` on some columns alone: what a graph of calls asks for (`rlhf_flows.calls`)."""
-        from rlhf_flows.modules.interface import call_by_keys  # torch
+        from rlhf_flows.modules.keyed_step import call_by_keys  # torch
 
         return call_by_keys(
-            self,
+            getattr(self, step),
+            self.name,
             data,
-            step=step,
             inputs=inputs,
             outputs=outputs,
             known_as=known_as,
