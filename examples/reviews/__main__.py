@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, dict[str, Any]]:
             stage, f"{found['reward']:.2f}", f"{found['is_review']:.0%}", f"{seconds:.0f}"
         )
     Console().print(table)
-    print(f"the curves are in {_plot(summaries, folder / 'reviews.png')}")
+    print(f"the curves are in {plot(summaries, folder / 'reviews.png')}")
     return judged
 
 
@@ -91,17 +91,20 @@ CURVES = {
 }
 
 
-def _plot(summaries: dict[str, dict[str, Any]], file: Path) -> Path:
+def plot(summaries: dict[str, dict[str, Any]], file: Path) -> Path:
     """What each stage measured while it trained, by episode, as a PNG."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    axes = figure.subplots(2, 3).flat
+    columns = min(3, len(summaries))
+    rows = -(-len(summaries) // columns)
+    figure = Figure(figsize=(3.7 * columns, 2.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flat
     for (stage, summary), ax in zip(summaries.items(), axes, strict=False):
         name, title = CURVES[stage]
         values = [_of(row, name) for row in summary["episodes"]]
         ax.plot(range(1, len(values) + 1), values, marker="o")
-        ax.set(title=f"{stage}: {title}", xlabel="episode")
+        ax.set_title(f"{stage}: {title}", fontsize=10)
+        ax.set_xlabel("episode")
         ax.grid(alpha=0.3)
     figure.savefig(file, dpi=110)
     return file
