@@ -9,8 +9,10 @@ import pytest
 
 from rlhf_flows import BaseModule, Call, GraphEngine, ModelInterface, register_interface
 from rlhf_flows.errors import ConfigError, DataError
+from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.graph import trace
 from rlhf_flows.models.interfaces import make_interface
+from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.modules.keyed_step import call_by_keys
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
@@ -184,3 +186,32 @@ def test_a_graph_of_calls_is_the_flow_that_it_describes_bit_for_bit(
     assert by_calls.evaluations == by_flow.evaluations
     assert_exactly_once(tmp_path, "calls", episodes=3)
     assert len(shard_digests(tmp_path, "calls")) == len(shard_digests(tmp_path, "flow"))
+
+
+def by_length(completion: str) -> float:
+    return float(len(completion))
+
+
+@pytest.mark.usefixtures("services")
+def test_the_graph_of_the_guide_trains_a_real_model(tmp_path: Path) -> None:
+    """As the page has it, but for where things are and how many there are."""
+    page = Path("docs/from_real.md").read_text("utf-8")
+    program = page.split("## A graph of calls")[1].split("```python\n")[1].split("```")[0]
+    model = build_tiny_qwen2(tmp_path / "model", hidden_size=32, num_layers=1)
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(f'{{"prompt": "{i}+1="}}\n' for i in range(16)), encoding="utf-8")
+    for there, here in {
+        '"vllm_policy", args={"path": "model"}':
+            f'"torch_policy", args={{"path": "{model}", "generation": SHORT}}',
+        '"model"': f'"{model}"',
+        "my_rewards:score": "tests.test_calls:by_length",
+        "prompts.jsonl": str(prompts),
+        ".learn()": "",
+    }.items():  # fmt: skip
+        assert there in program
+        program = program.replace(there, here)
+    made: dict[str, Any] = {"SHORT": GenerationSettings(max_new_tokens=4)}
+    exec(program, made)
+    done = learn(made["engine"], tmp_path / "runs", "graph", num_episode=1)
+    assert done.version == 1
+    assert "reward" in done.episodes[0]

@@ -130,7 +130,7 @@ def test_a_run_that_cannot_even_start_is_given_up_and_others_are_not_touched(
     with process_worker(tmp_path / "worker.log"):
         ours = client.create_flow_run_from_deployment(deploy_toy(client, "missing")).id
         other = client.create_flow_run_from_deployment(deploy_toy(client, "missing", tags=())).id
-        failed = wait_for("giving up", lambda: in_state(client, ours, "FAILED"), timeout_s=150)
+        failed = wait_for("giving up", lambda: in_state(client, ours, "FAILED"), timeout_s=300)
         time.sleep(DELAYS.restart_s + 5)
     assert failed.state is not None
     assert "crashed 2 times within an hour" in (failed.state.message or "")
