@@ -44,5 +44,8 @@ class DecoderShape:
     zero_centered_norms: bool = False
     """Whether norms multiply by one more than their weight."""
     embedding_scale: float = 1.0
+    padding_token: int | None = None
+    """A token whose embedding learns nothing from where it is read, as `torch.nn.Embedding` has it;
+    where embedding and head are one matrix, it learns from the head."""
     windows: tuple[int | None, ...]
     """Of each layer: tokens that one sees, itself counted; None sees all before it."""

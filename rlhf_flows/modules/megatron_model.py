@@ -18,6 +18,12 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import (
+    ColumnParallelLinear,
+    RowParallelLinear,
+    VocabParallelEmbedding,
+    set_tensor_model_parallel_attributes,
+)
 from megatron.core.transformer.transformer_block import (
     TransformerBlockSubmodules,
     get_num_layers_to_build,
@@ -101,14 +107,46 @@ def _run_of_layers(
     )
     frequencies = decoder.rotary_pos_emb.inv_freq
     decoder.rotary_pos_emb.inv_freq = frequencies.new_tensor(shape.rotary_frequencies)
-    if first and shape.embedding_scale != 1.0:
-        decoder.embedding.register_forward_hook(partial(_scaled, scale=shape.embedding_scale))
+    _mark_shares(decoder)
+    if first:
+        decoder.embedding.register_forward_hook(partial(_embedded, shape=shape), with_kwargs=True)
     return decoder
 
 
-def _scaled(module: nn.Module, inputs: Any, output: Tensor, *, scale: float) -> Tensor:
-    # The factor is rounded first, as the models that have one were trained.
-    return output * torch.tensor(scale, dtype=output.dtype, device=output.device)
+def _mark_shares(decoder: nn.Module) -> None:
+    """Marks parameters of which tensor parallel ranks have different parts.
+
+    Megatron does so where it initializes weights, which is left out here; without the mark only the
+    first rank's part counts for the norm of all gradients.
+    """
+    for module in decoder.modules():
+        by_rows = isinstance(module, (ColumnParallelLinear, VocabParallelEmbedding))
+        weight = getattr(module, "weight", None)
+        if weight is not None and (by_rows or isinstance(module, RowParallelLinear)):
+            set_tensor_model_parallel_attributes(weight, True, 0 if by_rows else 1, 1)
+
+
+def _embedded(
+    module: nn.Module,
+    inputs: Any,
+    named: Any,
+    output: Tensor,  # [T, 1, D], or this rank's share of the T
+    *,
+    shape: DecoderShape,
+) -> Tensor:
+    """What Megatron's embedding leaves out of those of `transformers`."""
+    if shape.padding_token is not None:
+        tokens = named["input_ids"][0]
+        if len(output) < len(tokens):
+            tokens = tokens.split(len(output))[parallel_state.get_tensor_model_parallel_rank()]
+        is_padding = (tokens == shape.padding_token)[:, None, None]
+        output = torch.where(is_padding, output.detach(), output)
+    if shape.embedding_scale != 1.0:
+        # The factor is rounded first, as the models that have one were trained.
+        output = output * torch.tensor(
+            shape.embedding_scale, dtype=output.dtype, device=output.device
+        )
+    return output
 
 
 def transformer_config(

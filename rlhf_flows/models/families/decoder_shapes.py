@@ -71,6 +71,7 @@ def _shape(config: Any, **peculiar: Any) -> DecoderShape:
         activation=_ACTIVATIONS[config.hidden_act],
         rotary_frequencies=_rotary_frequencies(config),
         tied=config.tie_word_embeddings,
+        padding_token=config.pad_token_id,
         windows=_windows(config),
         **peculiar,
     )

@@ -1,0 +1,148 @@
+"""What ranks check of training together; each function runs on every rank of a test (`ranks.py`).
+
+One stream of batches, of rows of very different lengths, is trained on by this package's
+`SFTTrainer` on plain torch, and by Megatron with the same trainer's loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from rlhf_flows.data.batch import Batch, select
+from rlhf_flows.errors import NonFiniteError
+from rlhf_flows.models.megatron_passes import MegatronPasses
+from rlhf_flows.models.megatron_training import MegatronTraining
+from rlhf_flows.models.sft_trainer import SFTTrainer
+from rlhf_flows.modules.base import ModuleContext
+from rlhf_flows.modules.megatron_topology import Topology
+from rlhf_flows.settings import OptimizerSettings
+from tests.megatron.checks import loaded
+
+NUM_STEPS = 3
+SETTINGS = OptimizerSettings(
+    learning_rate=1e-3,
+    weight_decay=0.1,
+    # AdamW divides small gradients by their size: with its usual 1e-8 those that are nearly zero
+    # move weights by what their rounding says.
+    eps=1e-6,
+    max_grad_norm=0.3,
+    schedule="cosine",
+    warmup_steps=1,
+    total_steps=4,
+)
+
+
+def global_batch(step: int, trainer: SFTTrainer) -> Batch:
+    g = torch.Generator().manual_seed(100 + step)
+    lengths = [(3, 9), (1, 2), (20, 1), (7, 16), (2, 5), (11, 3), (4, 25)]
+    batch: Batch = {
+        "prompt_ids": [torch.randint(200, (p,), generator=g) for p, _ in lengths],
+        "response_ids": [torch.randint(200, (r,), generator=g) for _, r in lengths],
+    }
+    batch["prompt_ids"][0][1] = 0  # the padding token, whose embedding learns from the head alone
+    return trainer.prepare_batch(batch)
+
+
+def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
+    parts, start = [], 0
+    for size in sizes:
+        parts.append(select(batch, list(range(start, start + size))))
+        start += size
+    assert start == len(batch["prompt_ids"])
+    return parts
+
+
+def plain_training(folder: str, layout: str, weights_file: str) -> list[dict[str, float]]:
+    trainer = SFTTrainer(path=folder, optimizer=SETTINGS, layout=layout)
+    trainer.attach(ModuleContext())
+    trainer.setup()
+    log = []
+    for step in range(NUM_STEPS):
+        metrics = trainer.train_step(cut(global_batch(step, trainer), [3, 4]), step)
+        log.append(dict(metrics))
+    save_file({n: w.contiguous() for n, w in trainer.named_weights()}, weights_file)
+    return log
+
+
+def megatron_training(
+    folder: str,
+    topology: Topology,
+    sizes: Sequence[int],
+    weights_file: str,
+    distributed_optimizer: bool = False,
+    **load: Any,
+) -> dict[str, Any]:
+    """The log of each step, and how far the weights are from those of the file in the end."""
+    from megatron.core import parallel_state
+
+    sft = SFTTrainer(path=folder)
+    with loaded(folder, topology, **load) as model:
+        start = {n: w.clone() for n, w in model.named_weights()}
+        training = MegatronTraining(model, SETTINGS, distributed_optimizer=distributed_optimizer)
+        sft.__dict__["logprobs_of"] = training.passes.logprobs_of
+        rank, size = (
+            parallel_state.get_data_parallel_rank(),
+            parallel_state.get_data_parallel_world_size(),
+        )
+        log = []
+        for step in range(NUM_STEPS):
+            mine = cut(global_batch(step, sft), sizes)[rank::size]
+            (loss, tokens, rows), metrics = training.step_on(mine, sft._loss, num_sums=3)
+            log.append({"loss": loss, "tokens": tokens, "rows_trained": rows, **metrics})
+        found = {n: w.float() for n, w in model.named_weights()}
+    expected = load_file(weights_file)
+    assert found.keys() == expected.keys()
+    return {
+        "log": log,
+        "weights": max(float((found[n] - expected[n]).abs().max()) for n in expected),
+        "moved": min(float((expected[n] - start[n].float()).abs().max()) for n in expected),
+    }
+
+
+def megatron_logprobs(folder: str, topology: Topology, sizes: Sequence[int]) -> dict[str, Any]:
+    """Largest differences of logprobs and entropies from the plain module's, per temperature."""
+    sft = SFTTrainer(path=folder, layout="padded")
+    sft.attach(ModuleContext())
+    sft.setup()
+    batch = global_batch(0, sft)
+    found: dict[str, Any] = {}
+    with loaded(folder, topology) as model:
+        for temperature in (1.0, 0.7):
+            with torch.no_grad():
+                expected = sft.logprobs_of(batch, temperature=temperature, entropy=True)
+            scored = MegatronPasses(model).response_logprobs(
+                cut(batch, sizes), temperature=temperature, entropy=True
+            )
+            for what in ("logprobs", "entropy"):
+                whole = torch.cat([getattr(part, what) for part in scored])
+                found[f"{what} at {temperature}"] = float(
+                    (whole - getattr(expected, what)).abs().max()
+                )
+    return found
+
+
+def step_that_is_not_finite(folder: str, topology: Topology) -> dict[str, Any]:
+    sft = SFTTrainer(path=folder)
+    with loaded(folder, topology) as model:
+        before = {n: w.clone() for n, w in model.named_weights()}
+        training = MegatronTraining(model, SETTINGS)
+        sft.__dict__["logprobs_of"] = training.passes.logprobs_of
+
+        def loss_of(data: Batch) -> Any:
+            loss, sums = sft._loss(data)
+            return loss * float("nan"), sums
+
+        batch = cut(global_batch(0, sft), [3, 4])
+        try:
+            training.step_on(batch, loss_of, num_sums=3)
+            message = "taken"
+        except NonFiniteError as refusal:
+            message = str(refusal)
+        unchanged = all(torch.equal(before[n], w) for n, w in model.named_weights())
+        num_steps = training.lr_scheduler.num_steps
+        training.step_on(batch, sft._loss, num_sums=3)
+    return {"message": message, "unchanged": unchanged, "num_steps": num_steps}
