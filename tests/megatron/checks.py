@@ -145,3 +145,44 @@ def refused_topology(topology: Topology) -> str:
             return "taken"
     except ConfigError as refusal:
         return str(refusal)
+
+
+def shared_vocabulary() -> list[float]:
+    """Differences of logprobs, entropies and both gradients from plain log_softmax."""
+    from torch.distributed import get_rank, get_world_size
+
+    from rlhf_flows.models.megatron_logprobs import vocabulary_parallel_logprobs
+
+    rank, size = get_rank(), get_world_size()
+    torch.manual_seed(2)
+    vocabulary_size, rows = 30, 64 // size
+    hidden = torch.randn(7, 5, requires_grad=True)
+    whole = torch.randn(vocabulary_size, 5, requires_grad=True)
+    targets = torch.randint(vocabulary_size, (7,))
+    own = torch.cat([whole.detach(), torch.ones(64 - vocabulary_size, 5)])
+    mine = own[rank * rows : (rank + 1) * rows].clone().requires_grad_()
+    scored = vocabulary_parallel_logprobs(
+        hidden,
+        mine,
+        targets,
+        vocabulary_size=vocabulary_size,
+        group=torch.distributed.group.WORLD,
+        temperature=0.8,
+        entropy=True,
+    )
+    weights = torch.randn(7)
+    found = torch.autograd.grad((scored.logprobs * weights).sum(), (hidden, mine))
+    torch.distributed.all_reduce(found[0])  # as the mapping below it does
+
+    plain = ((hidden @ whole.T) / 0.8).log_softmax(-1)
+    expected = plain.gather(1, targets[:, None])[:, 0]
+    gradients = torch.autograd.grad((expected * weights).sum(), (hidden, whole))
+    padded = torch.cat([gradients[1], torch.zeros(64 - vocabulary_size, 5)])
+    assert scored.entropy is not None
+    pairs = [
+        (scored.logprobs, expected),
+        (scored.entropy, -(plain.exp() * plain).sum(-1)),
+        (found[0], gradients[0]),
+        (found[1], padded[rank * rows : (rank + 1) * rows]),
+    ]
+    return [float((a - b).abs().max()) for a, b in pairs]
