@@ -186,3 +186,16 @@ def shared_vocabulary() -> list[float]:
         (found[1], padded[rank * rows : (rank + 1) * rows]),
     ]
     return [float((a - b).abs().max()) for a, b in pairs]
+
+
+def groups_that_one_rank_does_not_make() -> str:
+    """Rank 0 makes groups with a short timeout, rank 1 does not; what rank 0 says."""
+    from rlhf_flows.errors import WaitTimeoutError
+
+    if torch.distributed.get_rank() == 1:
+        return ""
+    try:
+        with model_parallel_groups(Topology(world_size=2, tensor_parallel=2), timeout_s=2.0):
+            return "made"
+    except WaitTimeoutError as error:
+        return str(error)

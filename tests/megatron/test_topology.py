@@ -118,3 +118,11 @@ def test_a_folder_is_read_for_its_shape_and_checked_against_a_topology(
     assert shape.embedding_scale == SIZES["hidden_size"] ** 0.5
     with pytest.raises(ConfigError, match="key-value heads by tensor_parallel 4"):
         check_megatron_folder(decoder_folder("gemma"), Topology(world_size=4, tensor_parallel=4))
+
+
+def test_groups_that_another_rank_does_not_make_end_within_the_timeout(ranks: Ranks) -> None:
+    begun = time.monotonic()
+    message, _ = ranks.run("tests.megatron.checks:groups_that_one_rank_does_not_make", world_size=2)
+    assert "rank 0 could not make the groups" in message
+    assert "within 2 s" in message
+    assert time.monotonic() - begun < 40

@@ -173,3 +173,35 @@ def test_a_step_that_is_not_finite_changes_nothing_on_any_rank(
         assert "weights were left" in rank["message"]
         assert rank["unchanged"]
         assert rank["num_steps"] == 0
+
+
+def test_bfloat16_trains_as_float32_does_but_for_its_rounding(
+    ranks: Ranks, plain: Plain, decoder_folder: Callable[[str], Path]
+) -> None:
+    log, file = plain("qwen3")
+    found = ranks.run(
+        f"{CHECKS}:megatron_training",
+        world_size=2,
+        folder=str(decoder_folder("qwen3")),
+        topology=Topology(world_size=2, tensor_parallel=2, sequence_parallel=True),
+        sizes=[3, 4],
+        weights_file=file,
+        distributed_optimizer=True,
+        dtype="bfloat16",
+    )
+    for rank in found:
+        for step, expected in zip(rank["log"], log, strict=True):
+            assert step["loss"] == pytest.approx(expected["loss"], rel=0.02)
+            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
+        assert rank["weights"] < 0.02
+
+
+def test_bfloat16_weights_have_float32_ones_that_the_optimizer_steps(
+    ranks: Ranks, decoder_folder: Callable[[str], Path]
+) -> None:
+    (dtypes,) = ranks.run(
+        f"{CHECKS}:dtypes_of_the_optimizer",
+        folder=str(decoder_folder("qwen3")),
+        topology=Topology(),
+    )
+    assert dtypes == {"torch.float32"}

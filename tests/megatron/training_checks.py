@@ -146,3 +146,12 @@ def step_that_is_not_finite(folder: str, topology: Topology) -> dict[str, Any]:
         num_steps = training.lr_scheduler.num_steps
         training.step_on(batch, sft._loss, num_sums=3)
     return {"message": message, "unchanged": unchanged, "num_steps": num_steps}
+
+
+def dtypes_of_the_optimizer(folder: str, topology: Topology) -> set[str]:
+    """Of what it steps, for a model in bfloat16."""
+    with loaded(folder, topology, dtype="bfloat16") as model:
+        assert {p.dtype for d in model.decoders for p in d.parameters()} == {torch.bfloat16}
+        training = MegatronTraining(model, SETTINGS, distributed_optimizer=True)
+        groups = training.optimizer.param_groups
+        return {str(p.dtype) for group in groups for p in group["params"]}
