@@ -199,3 +199,13 @@ def groups_that_one_rank_does_not_make() -> str:
             return "made"
     except WaitTimeoutError as error:
         return str(error)
+
+
+def refused_weights(folder: str) -> str:
+    from rlhf_flows.errors import ConfigError
+
+    try:
+        with loaded(folder, Topology()):
+            return "taken"
+    except ConfigError as refusal:
+        return str(refusal)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -46,3 +48,25 @@ def test_the_comparison_sees_a_wrong_packing_of_queries_keys_and_values(
         "tests.megatron.checks:logits_with_plain_packing", folder=str(decoder_folder("llama"))
     )
     assert difference > 1000 * LARGEST_DIFFERENCE
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_hidden_layers", 6, "has no weight 'model.layers.4."),
+        ("intermediate_size", 96, "make [160, 48] for decoder.layers.0.mlp.linear_fc1.weight"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration_are_refused(
+    field: str,
+    value: int,
+    message: str,
+    ranks: Ranks,
+    decoder_folder: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    folder = shutil.copytree(decoder_folder("llama"), tmp_path / "changed")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, field: value}))
+    (refusal,) = ranks.run("tests.megatron.checks:refused_weights", folder=str(folder))
+    assert message in refusal
