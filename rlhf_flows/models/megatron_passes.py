@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core import parallel_state, tensor_parallel
@@ -30,8 +30,10 @@ from rlhf_flows.modules.megatron_model import hidden_states, packed_texts
 
 __all__ = ["LossOf", "MegatronPasses"]
 
-LossOf = Callable[[Batch], tuple[Tensor, Tensor]]
-"""A micro-batch's share of the loss, and numbers to be added up beside it, [n]."""
+Result = TypeVar("Result")
+LossOf = Callable[[Batch], tuple[Tensor, Result]]
+"""A micro-batch's share of the loss, and beside it what is to be known of it: a tensor, or a tuple
+of tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,20 +59,22 @@ class MegatronPasses:
 
     # ---- what ranks call ------------------------------------------------------------------------
 
-    def forward_backward(self, data: Sequence[Batch], loss_of: LossOf, *, num_sums: int) -> Tensor:
+    def forward_backward(
+        self,
+        data: Sequence[Batch],
+        loss_of: LossOf[Result],
+        *,
+        samples_of: Callable[[Batch], Batch] = lambda data: data,
+    ) -> list[Result]:
         """Collective: every rank of a model, same order. Gradients of the micro-batches' losses.
 
         `data` are those of this data parallel rank, the same on all its ranks; there may be none.
-        Returns the sums of what `loss_of` gave beside the losses, [num_sums] float64, on all ranks
-        of the model; what is to be summed over data parallel ranks is gradients alone.
+        `samples_of` makes prompt_ids and response_ids of a micro-batch that has others. Returns
+        what `loss_of` gave beside the losses, in the order of `data`, on all ranks of the model.
         """
         for decoder in self.model.decoders:
             decoder.train()
-        found = self._run(data, loss_of, num_sums=num_sums, backward=True)
-        sums = torch.zeros(num_sums, dtype=torch.float64, device=self.model.device)
-        for part in found:
-            sums += part
-        return self._from_the_last_stage(sums)
+        return self._run(data, loss_of, samples_of=samples_of, backward=True)
 
     def response_logprobs(
         self, data: Sequence[Batch], *, temperature: float = 1.0, entropy: bool = False
@@ -89,14 +93,9 @@ class MegatronPasses:
             return scored.logprobs.sum(), torch.stack([scored.logprobs, spread])
 
         with torch.no_grad():
-            found = self._run(data, score, num_sums=0, backward=False)
-        lengths = [sum(len(r) for r in part["response_ids"]) for part in data]
-        flat = torch.empty(2, sum(lengths), device=self.model.device)
-        if found:
-            flat = torch.cat(found[: len(data)], dim=1)
+            found = self._run(data, score, samples_of=lambda part: part, backward=False)
         return [
-            ScoredTokens(logprobs=part[0], entropy=part[1] if entropy else None)
-            for part in self._from_the_last_stage(flat).split(lengths, dim=1)
+            ScoredTokens(logprobs=part[0], entropy=part[1] if entropy else None) for part in found
         ]
 
     # ---- what a loss calls ----------------------------------------------------------------------
@@ -107,7 +106,7 @@ class MegatronPasses:
         """Of the micro-batch whose loss is asked for, with gradient where the mode has one."""
         assert self._in_flight is not None, "logprobs are there while a loss is computed"
         batch, hidden = self._in_flight  # [N, 1, D], or this rank's share of the N
-        assert batch.data is data
+        assert len(batch.targets) == sum(len(r) for r in data["response_ids"])
         if self.model.topology.sequence_parallel:
             # Its backward pass sums the ranks' shares of the gradient.
             whole = tensor_parallel.gather_from_sequence_parallel_region(
@@ -131,22 +130,26 @@ class MegatronPasses:
     # ---- inside ---------------------------------------------------------------------------------
 
     def _run(
-        self, data: Sequence[Batch], loss_of: LossOf, *, num_sums: int, backward: bool
-    ) -> list[Tensor]:
-        """What `loss_of` gave beside each loss, on the last stage; nothing on others."""
-        batches = [self._pack(part) for part in data]
+        self,
+        data: Sequence[Batch],
+        loss_of: LossOf[Result],
+        *,
+        samples_of: Callable[[Batch], Batch],
+        backward: bool,
+    ) -> list[Result]:
+        batches = [self._pack(part, samples_of(part)) for part in data]
         batches += [self._stand_in()] * (self._wanted(len(batches)) - len(batches))
         iterators = [iter(batches) for _ in self.chunks]
 
         def step(iterator: Iterator[_Packed], chunk: Any) -> tuple[Tensor, Any]:
             batch = next(iterator)
             hidden = hidden_states(chunk, batch.tokens, batch.packed)
-            return hidden, partial(self._loss, batch, loss_of, num_sums)
+            return hidden, partial(self._loss, batch, loss_of)
 
         single = len(self.chunks) == 1
         try:
             with calling_megatron(self.model.device):
-                found: list[Tensor] = get_forward_backward_func()(
+                found: list[Any] = get_forward_backward_func()(
                     forward_step_func=step,
                     data_iterator=iterators[0] if single else iterators,
                     model=self.chunks[0] if single else self.chunks,
@@ -157,20 +160,19 @@ class MegatronPasses:
                 )
         finally:
             self._in_flight = None
-        return found
+        return self._from_the_last_stage(found[: len(data)])
 
     def _loss(
-        self, batch: _Packed, loss_of: LossOf, num_sums: int, hidden: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, batch: _Packed, loss_of: LossOf[Any], hidden: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
         """As Megatron asks for it: the loss, tokens to divide it by (none), what to collect."""
         no_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
         if batch.data is None:
-            sums = torch.zeros(num_sums, dtype=torch.float64, device=hidden.device)
-            return hidden.float().sum() * 0.0, no_tokens, sums
+            return hidden.float().sum() * 0.0, no_tokens, None
         self._in_flight = (batch, hidden)
-        loss, sums = loss_of(batch.data)
+        loss, beside = loss_of(batch.data)
         self._in_flight = None
-        return loss, no_tokens, sums.detach()
+        return loss, no_tokens, beside
 
     def _wanted(self, num_batches: int) -> int:
         """Micro-batches that the schedule takes: one at least, and whole rounds of stages."""
@@ -178,8 +180,8 @@ class MegatronPasses:
         multiple = topology.pipeline_parallel if topology.virtual_pipeline > 1 else 1
         return max(1, -(-num_batches // multiple)) * multiple
 
-    def _pack(self, data: Batch) -> _Packed:
-        prompts, responses = data["prompt_ids"], data["response_ids"]
+    def _pack(self, data: Batch, samples: Batch) -> _Packed:
+        prompts, responses = samples["prompt_ids"], samples["response_ids"]
         texts = [torch.cat([p, r[:-1]]) for p, r in zip(prompts, responses, strict=True)]
         scored, start = [], 0
         for prompt, response, text in zip(prompts, responses, texts, strict=True):
@@ -206,9 +208,17 @@ class MegatronPasses:
             targets=targets.to(device),
         )
 
-    def _from_the_last_stage(self, values: Tensor) -> Tensor:
+    def _from_the_last_stage(self, found: list[Any]) -> list[Any]:
         group = parallel_state.get_pipeline_model_parallel_group()
-        if group.size() > 1:
-            last = torch.distributed.get_process_group_ranks(group)[-1]
-            torch.distributed.broadcast(values, last, group=group)
-        return values
+        if group.size() == 1:
+            return found
+        last = torch.distributed.get_process_group_ranks(group)[-1]
+        sent = [_moved(found, "cpu")]
+        torch.distributed.broadcast_object_list(sent, last, group=group)
+        return [_moved(result, self.model.device) for result in sent[0]]
+
+
+def _moved(values: Any, device: str) -> Any:
+    if isinstance(values, (list, tuple)):
+        return type(values)(_moved(value, device) for value in values)
+    return values.detach().to(device)

@@ -10,7 +10,7 @@ optimizer, always.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +22,14 @@ from megatron.core.distributed import (
 )
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.errors import NonFiniteError
 from rlhf_flows.models.adamw import Schedule
+from rlhf_flows.models.logprob_head import ScoredTokens
 from rlhf_flows.models.megatron_causal_lm import MegatronCausalLM
-from rlhf_flows.models.megatron_passes import LossOf, MegatronPasses
+from rlhf_flows.models.megatron_passes import LossOf, MegatronPasses, Result
 from rlhf_flows.modules.megatron_cpu import calling_megatron
 from rlhf_flows.settings import OptimizerSettings
 
@@ -35,7 +37,9 @@ __all__ = ["MegatronTraining"]
 
 
 class MegatronTraining:
-    """A model that learns. Made after its weights were loaded."""
+    """A model that learns, by the methods that a `CausalLMTrainer` calls on itself. Made after its
+    weights were loaded.
+    """
 
     def __init__(
         self,
@@ -68,33 +72,44 @@ class MegatronTraining:
         self.lr_scheduler = Schedule(self.optimizer, self.settings)
         self.passes = MegatronPasses(model, self.chunks)
 
-    def step_on(
+    def logprobs_of(
+        self, data: Batch, *, temperature: float, entropy: bool = False
+    ) -> ScoredTokens:  # [T]
+        """As `MegatronPasses.logprobs_of`: for a loss, while it is computed."""
+        return self.passes.logprobs_of(data, temperature=temperature, entropy=entropy)
+
+    def backward_all(
         self,
         data: Sequence[Batch],
-        loss_of: LossOf,
+        loss_of: LossOf[Result],
         *,
-        beside: Sequence[float] = (),
-        num_sums: int,
-    ) -> tuple[list[float], dict[str, float]]:
-        """Collective: every rank, same order. One optimizer step on this data parallel rank's
-        micro-batches, of which there may be none.
-
-        `loss_of` gives a micro-batch's share of the loss, and `num_sums` numbers, the loss first.
-        Returns these and the numbers of `beside`, summed over micro-batches and data parallel
-        ranks, with the metrics of the step. Raises NonFiniteError, on all ranks, before anything
-        changes.
+        samples_of: Callable[[Batch], Batch] = lambda data: data,
+    ) -> list[Result]:
+        """Collective: every rank, same order. The gradients of all micro-batches' losses, summed
+        over data parallel ranks; as `MegatronPasses.forward_backward`.
         """
         self._drop_gradients()
-        sums = self.passes.forward_backward(data, loss_of, num_sums=num_sums)
-        sums = torch.cat([sums, sums.new_tensor(list(beside))])
+        return self.passes.forward_backward(data, loss_of, samples_of=samples_of)
+
+    def optimizer_step(
+        self, sums: Tensor, *, refuses: Callable[[Tensor], bool] = lambda sums: False
+    ) -> tuple[Tensor, dict[str, float]]:
+        """Collective: every rank, same order. One step by the gradients that are there.
+
+        `sums` [n] are summed over data parallel ranks and returned; the first is the loss. There is
+        no step, and there are no metrics of it, where `refuses` says so of these. Raises
+        NonFiniteError, on all ranks, before anything changes.
+        """
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
-        found = sums.tolist()
+        if refuses(sums):
+            self._drop_gradients()
+            return sums, {}
         with calling_megatron(self.model.device):
-            norm = self._clipped_norm(found[0])
+            norm = self._clipped_norm(float(sums[0]))
             rate: float = self.lr_scheduler.set_learning_rate()
             self.optimizer.step_with_ready_grads()
         self.lr_scheduler.step()
-        return found, {"grad_norm": norm, "learning_rate": rate}
+        return sums, {"grad_norm": norm, "learning_rate": rate}
 
     def _clipped_norm(self, loss: float) -> float:
         """Of all gradients of all ranks before they are clipped."""

@@ -56,6 +56,13 @@ def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     return parts
 
 
+def led_by(trainer: Any, training: MegatronTraining) -> Any:
+    """A trainer of this package whose passes and steps are Megatron's."""
+    for method in ("logprobs_of", "backward_all", "optimizer_step"):
+        trainer.__dict__[method] = getattr(training, method)
+    return trainer
+
+
 def plain_training(folder: str, layout: str, weights_file: str) -> list[dict[str, float]]:
     trainer = SFTTrainer(path=folder, optimizer=SETTINGS, layout=layout)
     trainer.attach(ModuleContext())
@@ -79,11 +86,10 @@ def megatron_training(
     """The log of each step, and how far the weights are from those of the file in the end."""
     from megatron.core import parallel_state
 
-    sft = SFTTrainer(path=folder)
     with loaded(folder, topology, **load) as model:
         start = {n: w.clone() for n, w in model.named_weights()}
         training = MegatronTraining(model, SETTINGS, distributed_optimizer=distributed_optimizer)
-        sft.__dict__["logprobs_of"] = training.passes.logprobs_of
+        sft = led_by(SFTTrainer(path=folder), training)
         rank, size = (
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
@@ -91,8 +97,7 @@ def megatron_training(
         log = []
         for step in range(NUM_STEPS):
             mine = cut(global_batch(step, sft), sizes)[rank::size]
-            (loss, tokens, rows), metrics = training.step_on(mine, sft._loss, num_sums=3)
-            log.append({"loss": loss, "tokens": tokens, "rows_trained": rows, **metrics})
+            log.append(dict(sft.train_step(mine, step)))
         found = {n: w.float() for n, w in model.named_weights()}
     expected = load_file(weights_file)
     assert found.keys() == expected.keys()
@@ -126,25 +131,23 @@ def megatron_logprobs(folder: str, topology: Topology, sizes: Sequence[int]) -> 
 
 
 def step_that_is_not_finite(folder: str, topology: Topology) -> dict[str, Any]:
-    sft = SFTTrainer(path=folder)
     with loaded(folder, topology) as model:
         before = {n: w.clone() for n, w in model.named_weights()}
         training = MegatronTraining(model, SETTINGS)
-        sft.__dict__["logprobs_of"] = training.passes.logprobs_of
-
-        def loss_of(data: Batch) -> Any:
-            loss, sums = sft._loss(data)
-            return loss * float("nan"), sums
-
+        sft = led_by(SFTTrainer(path=folder), training)
         batch = cut(global_batch(0, sft), [3, 4])
+        worse = [
+            {**part, "token_weight": [w * float("nan") for w in part["token_weight"]]}
+            for part in batch
+        ]
         try:
-            training.step_on(batch, loss_of, num_sums=3)
+            sft.train_step(worse, 0)
             message = "taken"
         except NonFiniteError as refusal:
             message = str(refusal)
         unchanged = all(torch.equal(before[n], w) for n, w in model.named_weights())
         num_steps = training.lr_scheduler.num_steps
-        training.step_on(batch, sft._loss, num_sums=3)
+        sft.train_step(batch, 0)
     return {"message": message, "unchanged": unchanged, "num_steps": num_steps}
 
 
