@@ -1,25 +1,29 @@
 """What ranks check of training together; each function runs on every rank of a test (`ranks.py`).
 
-One stream of batches, of rows of very different lengths, is trained on by this package's
-`SFTTrainer` on plain torch, and by Megatron with the same trainer's loss.
+One stream of batches, of rows of very different lengths, is trained on by this package's trainers
+on plain torch, and by the same trainers with Megatron's passes and steps in place of theirs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_flows.data.batch import Batch, select
+from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import NonFiniteError
+from rlhf_flows.models.dpo_trainer import DPOTrainer
 from rlhf_flows.models.megatron_passes import MegatronPasses
 from rlhf_flows.models.megatron_training import MegatronTraining
+from rlhf_flows.models.pairs import as_samples
+from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.modules.base import ModuleContext
 from rlhf_flows.modules.megatron_topology import Topology
-from rlhf_flows.settings import OptimizerSettings
+from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 from tests.megatron.checks import loaded
 
 NUM_STEPS = 3
@@ -47,12 +51,56 @@ def global_batch(step: int, trainer: SFTTrainer) -> Batch:
     return trainer.prepare_batch(batch)
 
 
+def group_batch(step: int, trainer: PolicyTrainer) -> Batch:
+    """Three groups of siblings, with rewards and logprobs of a reference."""
+    g = torch.Generator().manual_seed(200 + step)
+    batch: Batch = {"prompt_ids": [], "response_ids": []}
+    for prompt_length, responses in ((6, (3, 14, 8)), (2, (1, 9)), (15, (4, 4))):
+        prompt = torch.randint(200, (prompt_length,), generator=g)
+        batch["prompt_ids"] += [prompt] * len(responses)
+        batch["response_ids"] += [torch.randint(200, (r,), generator=g) for r in responses]
+    batch["group"] = torch.tensor([0, 0, 0, 1, 1, 2, 2])
+    batch["reward"] = torch.rand(7, generator=g)
+    batch["reference_logprobs"] = [
+        torch.rand(len(r), generator=g) - 6.0 for r in batch["response_ids"]
+    ]
+    return trainer.prepare_batch(batch)
+
+
+def pair_batch(step: int, trainer: DPOTrainer) -> Batch:
+    g = torch.Generator().manual_seed(300 + step)
+
+    def texts(*lengths: int) -> list[torch.Tensor]:
+        return [torch.randint(200, (length,), generator=g) for length in lengths]
+
+    return trainer.prepare_batch(
+        {
+            "prompt_ids": texts(3, 9, 1, 12, 5, 2, 7),
+            "chosen_ids": texts(4, 12, 6, 2, 9, 20, 3),
+            "rejected_ids": texts(8, 3, 5, 11, 1, 2, 6),
+            "reference_chosen_logprob": -50 * torch.rand(7, generator=g),
+            "reference_rejected_logprob": -50 * torch.rand(7, generator=g),
+        }
+    )
+
+
+def made(algorithm: str, folder: str) -> tuple[Any, Callable[[int, Any], Batch]]:
+    """A trainer on padded rows, and what makes its batches, of seven rows each."""
+    common: dict[str, Any] = {"path": folder, "optimizer": SETTINGS, "layout": "padded"}
+    if algorithm == "grpo":
+        settings = GRPOSettings(kl_coef=0.1, exact_entropy=True, temperature=0.9)
+        return PolicyTrainer("trainer", grpo=settings, **common), group_batch
+    if algorithm == "dpo":
+        return DPOTrainer("trainer", **common), pair_batch
+    return SFTTrainer("trainer", **common), global_batch
+
+
 def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     parts, start = [], 0
     for size in sizes:
         parts.append(select(batch, list(range(start, start + size))))
         start += size
-    assert start == len(batch["prompt_ids"])
+    assert start == batch_size(batch)
     return parts
 
 
@@ -60,16 +108,18 @@ def led_by(trainer: Any, training: MegatronTraining) -> Any:
     """A trainer of this package whose passes and steps are Megatron's."""
     for method in ("logprobs_of", "backward_all", "optimizer_step"):
         trainer.__dict__[method] = getattr(training, method)
+    if isinstance(trainer, DPOTrainer):
+        trainer.__dict__["backward_all"] = partial(training.backward_all, samples_of=as_samples)
     return trainer
 
 
-def plain_training(folder: str, layout: str, weights_file: str) -> list[dict[str, float]]:
-    trainer = SFTTrainer(path=folder, optimizer=SETTINGS, layout=layout)
+def plain_training(algorithm: str, folder: str, weights_file: str) -> list[dict[str, float]]:
+    trainer, batch_of = made(algorithm, folder)
     trainer.attach(ModuleContext())
     trainer.setup()
     log = []
     for step in range(NUM_STEPS):
-        metrics = trainer.train_step(cut(global_batch(step, trainer), [3, 4]), step)
+        metrics = trainer.train_step(cut(batch_of(step, trainer), [3, 4]), step)
         log.append(dict(metrics))
     save_file({n: w.contiguous() for n, w in trainer.named_weights()}, weights_file)
     return log
@@ -80,6 +130,7 @@ def megatron_training(
     topology: Topology,
     sizes: Sequence[int],
     weights_file: str,
+    algorithm: str = "sft",
     distributed_optimizer: bool = False,
     **load: Any,
 ) -> dict[str, Any]:
@@ -89,15 +140,16 @@ def megatron_training(
     with loaded(folder, topology, **load) as model:
         start = {n: w.clone() for n, w in model.named_weights()}
         training = MegatronTraining(model, SETTINGS, distributed_optimizer=distributed_optimizer)
-        sft = led_by(SFTTrainer(path=folder), training)
+        trainer, batch_of = made(algorithm, folder)
+        trainer = led_by(trainer, training)
         rank, size = (
             parallel_state.get_data_parallel_rank(),
             parallel_state.get_data_parallel_world_size(),
         )
         log = []
         for step in range(NUM_STEPS):
-            mine = cut(global_batch(step, sft), sizes)[rank::size]
-            log.append(dict(sft.train_step(mine, step)))
+            mine = cut(batch_of(step, trainer), sizes)[rank::size]
+            log.append(dict(trainer.train_step(mine, step)))
         found = {n: w.float() for n, w in model.named_weights()}
     expected = load_file(weights_file)
     assert found.keys() == expected.keys()
