@@ -130,6 +130,16 @@ class HFFolder:
                 shapes |= {self._name(n): tuple(weights.get_slice(n).get_shape()) for n in names}
         return shapes
 
+    @cached_property
+    def weight_files(self) -> Mapping[str, Path]:
+        """The file of every weight in `weight_shapes`, under whose name it stands there."""
+        files: dict[str, Path] = {}
+        for file in self._weight_files:
+            with safe_open(file, framework="pt") as weights:
+                names = [n for n in weights.keys() if not self._is_derived(n)]  # noqa: SIM118
+                files |= dict.fromkeys(names, file)
+        return files
+
     def _is_derived(self, name: str) -> bool:
         tied = bool(self.config.get("tie_word_embeddings"))
         if self._is_gpt2 and name.endswith((".attn.bias", ".attn.masked_bias")):

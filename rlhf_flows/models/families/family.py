@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.modules.conversion import Conversion
+from rlhf_flows.modules.decoder_shape import DecoderShape
 from rlhf_flows.modules.fingerprint import fingerprint
 from rlhf_flows.registry import Registry, nearest
 
@@ -45,10 +46,14 @@ class Family:
     it, or a window that the configuration names. Otherwise batches are padded."""
     learned_positions: bool = False
     """Whether positions are rows of a table, so that a longer text cannot be computed at all."""
-    conversions: Mapping[str, Callable[[Any], Conversion]] = field(default_factory=dict)
+    conversions: Mapping[str, Callable[..., Conversion]] = field(default_factory=dict)
     """By backend, where its running model has other names or shapes than a Hugging Face checkpoint:
-    the conversion for a model of this configuration. The backend of all modules here is
-    "transformers"."""
+    the conversion for a model of this configuration. Those of "transformers" are of the modules
+    that train and score; those of "megatron" are a `ShardedConversion`, and take
+    `tensor_parallel`, too."""
+    decoder_shape: Callable[[Any], DecoderShape] | None = None
+    """From its configuration, what Megatron builds its layers from; raises ConfigError where they
+    have something that cannot be built so. None where Megatron cannot build the family."""
 
 
 _FAMILIES: Registry[Family] = Registry(
