@@ -108,6 +108,13 @@ class ReinforcementFields(SamplingFields, TrainingFields):
     eval_generation: GenerationSettings | None = Field(
         default=None, description="How the policy samples in evaluations; the same by default."
     )
+    reference_ema: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="After each episode the reference moves this far towards the policy (eta of"
+        " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
+    )
 
     def check_temperature(self, name: str, settings: PolicySettings | DPOSettings) -> None:
         """Raises ValueError where an algorithm is told another temperature than the sampler's."""

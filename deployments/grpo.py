@@ -33,13 +33,6 @@ class GRPOConfig(ReinforcementFields):
 
     runtime: GRPORuntime = Field(default_factory=GRPORuntime)
     grpo: GRPOSettings = Field(default_factory=GRPOSettings)
-    reference_ema: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="With a KL: after each episode the reference moves this far towards the policy"
-        " (eta of reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
-    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:

@@ -35,13 +35,6 @@ class OnlineDPOConfig(ReinforcementFields):
 
     runtime: OnlineDPORuntime = Field(default_factory=OnlineDPORuntime)
     dpo: DPOSettings = Field(default_factory=DPOSettings)
-    reference_ema: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="After each episode the reference moves this far towards the policy (eta of"
-        " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
-    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:

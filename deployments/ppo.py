@@ -40,13 +40,6 @@ class PPOConfig(ReinforcementFields):
 
     runtime: PPORuntime = Field(default_factory=PPORuntime)
     ppo: PPOSettings = Field(default_factory=PPOSettings)
-    reference_ema: float | None = Field(
-        default=None,
-        gt=0,
-        le=1,
-        description="After each episode the reference moves this far towards the policy (eta of"
-        " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
-    )
     value_model: str | None = Field(
         default=None,
         description="What the value starts from; by default the reward model, or else the model."

@@ -104,6 +104,6 @@ def _serve(pipe: Connection, port: int) -> None:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
             pipe.send((True, answer))
-        except BaseException:
+        except BaseException:  # of whatever kind: the test that asked is told
             pipe.send((False, traceback.format_exc()))
             raise
