@@ -60,9 +60,13 @@ def build(config: GenerateConfig) -> EvalEngine:
 
 
 def _check_output(file: Path) -> None:
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        what = "is a folder" if file.is_dir() else f"would lie in {file.parent}, which is no folder"
-        raise ConfigError(f"output={str(file)!r} {what}: name a file in a folder that is there")
+    if file.exists():
+        raise ConfigError(f"output={str(file)!r} is there already: name another file, or remove it")
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(
+            f"output={str(file)!r} would lie in {file.parent}, which is no folder: name a file in a"
+            " folder that is there"
+        )
 
 
 def _ask(config: GenerateConfig) -> None:

@@ -25,7 +25,7 @@ from rlhf_flows.engine import Engine
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.flow import RunResult
 from rlhf_flows.models.samplers import describe_sampler, policy_class
-from rlhf_flows.registry import Registry, load_module
+from rlhf_flows.registry import Registry, load_module, nearest
 from rlhf_flows.reporting.summary import RecipeResult
 from rlhf_flows.tasks.progress import Progress
 
@@ -74,8 +74,13 @@ class Recipe(ABC):
     def derived(self, name: str, description: str = "", **defaults: Any) -> Self:
         """The same under another name, with other defaults: `reward={"interface": "mine"}`.
 
-        `defaults` are settings under those of the user, in the nested form of a YAML file.
+        `defaults` are settings under those of the user, in the nested form of a YAML file. Raises
+        ConfigError for one that this recipe does not have.
         """
+        for setting in defaults:
+            if setting not in self.config.model_fields:
+                near = nearest(setting, list(self.config.model_fields))
+                raise ConfigError(f"recipe {self.name!r} has no setting {setting!r}{near}")
         return replace(
             self,
             name=name,

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from rlhf_flows.errors import ConfigError, UserError
 
-__all__ = ["Registry", "import_object", "load_module"]
+__all__ = ["Registry", "import_object", "load_module", "nearest"]
 
 T = TypeVar("T")
 

@@ -76,6 +76,20 @@ def test_each_stage_takes_what_the_one_before_it_trained(
     assert {"completion", "finish_reason", "reward", "is_review"} <= rows[0].keys()
 
 
+def test_no_file_is_written_over_and_none_into_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    recipe = find_recipe("generate")
+    (tmp_path / "old.jsonl").write_text("kept\n")
+    for output, message in (
+        (tmp_path / "old.jsonl", "is there already"),
+        (tmp_path, "is there already"),
+        (tmp_path / "no/new.jsonl", "which is no folder"),
+    ):
+        words = ["model=m", "prompts=p.jsonl", f"output={output}"]
+        with pytest.raises(ConfigError, match=message):
+            recipe.check(load_config(recipe.config, words))
+    assert (tmp_path / "old.jsonl").read_text() == "kept\n"
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_the_settings_of_each_example_are_known(name: str) -> None:
     recipe = find_recipe(name)
@@ -114,6 +128,8 @@ def test_a_registered_recipe_has_other_defaults_which_words_override() -> None:
     assert (both.ppo.kl_coef, both.ppo.gamma) == (0.2, 0.8)
     with pytest.raises(ConfigError, match="one of rlhf_flows' own"):
         register_recipe(find_recipe("ppo").derived("sft"))
+    with pytest.raises(ConfigError, match=r"no setting 'rewrd' \(nearest: 'reward'\)"):
+        mine.derived("mistyped", rewrd="a.b:c")
     with pytest.raises(ConfigError, match=r"unknown setting 'ppo.kl_coeff': did you mean 'ppo.kl_"):
         load_config(mine.config, [*words, "ppo.kl_coeff=1"])
 
