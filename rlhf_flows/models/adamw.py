@@ -8,6 +8,7 @@ may have float32 masters: AdamW then steps the masters and the weights are their
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -89,12 +90,33 @@ def make_adamw(
 def step_masters(
     model: nn.Module, optimizer: torch.optim.Optimizer, masters: dict[str, Tensor]
 ) -> None:
-    """Steps the masters by the model's gradients, and rounds them into the model."""
+    """Steps the masters by the model's gradients, which it drops, and rounds them into the model.
+
+    Some at a time, so that their float32 gradients are never there all at once.
+    """
     parameters = dict(model.named_parameters())
+    for names in _slices(masters):
+        for name in names:
+            parameter = parameters[name]
+            masters[name].grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        optimizer.step()
+        for name in names:
+            parameters[name].copy_(masters[name])
+            masters[name].grad = None
+
+
+_SLICE_ELEMENTS = 2**28
+"""Of masters that are stepped together: 1 GiB of gradients."""
+
+
+def _slices(masters: dict[str, Tensor]) -> Iterator[list[str]]:
+    names: list[str] = []
+    size = 0
     for name, master in masters.items():
-        gradient = parameters[name].grad
-        master.grad = None if gradient is None else gradient.float()
-    optimizer.step()
-    for name, master in masters.items():
-        parameters[name].copy_(master)
-        master.grad = None
+        if names and size + master.numel() > _SLICE_ELEMENTS:
+            yield names
+            names, size = [], 0
+        names.append(name)
+        size += master.numel()
+    yield names

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,16 @@ from rlhf_flows.models.response_logprobs import Layout, response_logprobs, sibli
 from rlhf_flows.modules.hf_folder import HFFolder
 from rlhf_flows.modules.torch_module import TorchModule
 
-__all__ = ["CausalLMModule", "Scorer", "column", "cut_rows", "flat", "groups_of", "ragged"]
+__all__ = [
+    "CausalLMModule",
+    "Scorer",
+    "column",
+    "cut_rows",
+    "flat",
+    "groups_of",
+    "ragged",
+    "tokens_of_bins",
+]
 
 Scorer = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[int] | None], Sequence[Tensor]]
 """(prompts, responses, groups) of a micro-batch to one tensor for each row, on the CPU."""
@@ -34,6 +43,9 @@ class CausalLMModule(FamilyCarrier, TorchModule):
     """Base of what scores, and of all trainers (`CausalLMTrainer`); a subclass may load a model of
     another head.
     """
+
+    shares_prompts: ClassVar[bool] = True
+    """Whether a pass may compute a prompt once for its siblings: micro-batches count it so."""
 
     lanes = Lanes(nn.Identity(), num_threads=1, device="cpu")
     """Of micro-batches; `setup` makes the model's own."""
@@ -196,6 +208,25 @@ def cut_rows(
         start += count
     bins = _cut_evenly(costs, budget=budget, multiple=multiple)
     return [[i for unit in part for i in units[unit]] for part in bins]
+
+
+def tokens_of_bins(
+    bins: Sequence[Sequence[int]],
+    prompts: Sequence[Tensor],
+    responses: Sequence[Tensor],
+    groups: Sequence[int] | None,
+) -> list[int]:
+    """What `cut_rows` counts of each of its bins: tokens, a prompt once for siblings in it."""
+    found = []
+    for rows in bins:
+        first = 0
+        total = sum(len(responses[i]) for i in rows)
+        own = None if groups is None else [groups[i] for i in rows]
+        for count in siblings_of([prompts[i] for i in rows], own):
+            total += len(prompts[rows[first]])
+            first += count
+        found.append(total)
+    return found
 
 
 def _cut_evenly(costs: Sequence[int], *, budget: int, multiple: int) -> list[list[int]]:

@@ -7,7 +7,7 @@ vector, so that cuts and ranks are summed in one place.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -15,9 +15,15 @@ import torch
 from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
+from rlhf_flows.data.packing import deal
 from rlhf_flows.models.adamw import Schedule, make_adamw, make_masters, step_masters
 from rlhf_flows.models.causal_lm import DType
-from rlhf_flows.models.causal_lm_module import CausalLMModule, cut_rows, groups_of
+from rlhf_flows.models.causal_lm_module import (
+    CausalLMModule,
+    cut_rows,
+    groups_of,
+    tokens_of_bins,
+)
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.settings import OptimizerSettings
 
@@ -28,6 +34,9 @@ Result = TypeVar("Result")
 
 class CausalLMTrainer(CausalLMModule):
     """A `CausalLMModule` that learns. Stands first among the bases of one with another head."""
+
+    data_parallel: int | None = None
+    """Ranks, where that is said of the module and not of its place (`models.<name>`)."""
 
     def __init__(
         self,
@@ -51,6 +60,13 @@ class CausalLMTrainer(CausalLMModule):
         )
         self.optimizer_settings = optimizer or OptimizerSettings()
 
+    def parallel_sizes(self) -> Mapping[str, int]:
+        return {} if self.data_parallel is None else {"data_parallel_size": self.data_parallel}
+
+    def samples_of(self, data: Batch) -> Batch:
+        """prompt_ids and response_ids of a micro-batch that has others: what passes go through."""
+        return data
+
     def setup(self) -> None:
         super().setup()
         if self.optimizer_settings.master_weights and self.dtype != "float32":
@@ -59,26 +75,25 @@ class CausalLMTrainer(CausalLMModule):
         self.lr_scheduler = Schedule(self.optimizer, self.optimizer_settings)
 
     def cut(self, data: Batch, rows: Sequence[int]) -> list[list[int]]:
-        """`rows` of the batch in micro-batches, this rank's share of them.
+        """`rows` of the batch in micro-batches, this data parallel rank's share of them: about as
+        many tokens as each other's (`deal`).
 
         By `runtime.train_micro_batch_size` rows where the run asks for it, else by tokens:
         `runtime.train_micro_batch_tokens`, or the module's own `micro_batch_tokens`.
         """
-        asked = self.runtime_args
-        if size := asked.get("train_micro_batch_size"):
-            parts = [list(rows[i : i + size]) for i in range(0, len(rows), size)]
-            return parts[self.rank :: self.world_size]
-        prompts, responses = data["prompt_ids"], data["response_ids"]
-        groups = groups_of(data)
-        bins = cut_rows(
-            [prompts[i] for i in rows],
-            [responses[i] for i in rows],
-            None if groups is None else [groups[i] for i in rows],
-            budget=asked.get("train_micro_batch_tokens") or self.micro_batch_tokens,
-            multiple=self.lanes.count * self.world_size,
-        )
-        # Bins come longest first, so dealing them out in turn gives ranks about equal work.
-        return [[rows[i] for i in part] for part in bins[self.rank :: self.world_size]]
+        asked, size = self.runtime_args, self.data_parallel_size
+        prompts = [data["prompt_ids"][i] for i in rows]
+        responses = [data["response_ids"][i] for i in rows]
+        found = groups_of(data) if self.shares_prompts else None
+        groups = None if found is None else [found[i] for i in rows]
+        if count := asked.get("train_micro_batch_size"):
+            bins = [list(range(i, min(i + count, len(rows)))) for i in range(0, len(rows), count)]
+        else:
+            budget = asked.get("train_micro_batch_tokens") or self.micro_batch_tokens
+            multiple = self.lanes.count * size
+            bins = cut_rows(prompts, responses, groups, budget=budget, multiple=multiple)
+        shares = deal(tokens_of_bins(bins, prompts, responses, groups), size)
+        return [[rows[i] for i in bins[part]] for part in shares[self.data_parallel_rank]]
 
     def backward_all(
         self, data: Sequence[Batch], loss_of: Callable[[Batch], tuple[Tensor, Result]]
@@ -90,6 +105,9 @@ class CausalLMTrainer(CausalLMModule):
         self.model.train()
         self.model.zero_grad()
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if self.lanes.count == 1:
+            # In place: a large model has no room for a micro-batch's gradients beside their sum.
+            return [_backward(*loss_of(micro_batch)) for micro_batch in data]
 
         def work(part: Sequence[Batch]) -> tuple[list[Tensor | None], list[Result]]:
             total: list[Tensor | None] = [None] * len(parameters)
@@ -155,6 +173,11 @@ class CausalLMTrainer(CausalLMModule):
             sums[:num_sums] += part
         sums, metrics = self.optimizer_step(sums)
         return sums.tolist(), metrics
+
+
+def _backward(loss: Tensor, beside: Result) -> Result:
+    torch.autograd.backward(loss)
+    return beside
 
 
 def _add(total: list[Tensor | None], more: Iterable[Tensor | None]) -> None:

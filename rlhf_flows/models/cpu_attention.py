@@ -29,6 +29,7 @@ MAX_SCORES = 2**24
 
 
 def fits(layout: SharedPrefixLayout, num_heads: int) -> bool:
+    assert layout.mask is not None
     responses, _, length, seen = layout.mask.shape
     prompts = layout.num_prompts * (seen - length) ** 2
     return num_heads * (responses * length * seen + prompts) <= MAX_SCORES
@@ -58,6 +59,7 @@ class _ProductAttention(torch.autograd.Function):
         scale: float,
     ) -> Tensor:
         at = layout.num_prompt_tokens
+        assert layout.mask is not None
         heads, kv = query.shape[1], key.shape[1]
         length = layout.mask.shape[2]
         longest = layout.mask.shape[3] - length

@@ -63,9 +63,13 @@ class DPOTrainer(CausalLMTrainer):
         size = batch_size(data)
         return {**data, "pair_weight": torch.full((size,), 1.0 / max(size, 1))}
 
+    def samples_of(self, data: Batch) -> Batch:
+        return as_samples(data)
+
     def micro_batches(self, data: Batch) -> list[Batch]:
         """This rank's micro-batches, cut by tokens; a pair stays together."""
-        parts = self.cut(pair_costs(data), range(batch_size(data)))
+        costs = pair_costs(data, shares_prompts=self.shares_prompts)
+        parts = self.cut(costs, range(batch_size(data)))
         return [select(data, part) for part in parts]
 
     def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float]:

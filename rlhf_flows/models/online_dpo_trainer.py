@@ -75,12 +75,11 @@ class OnlineDPOTrainer(DPOTrainer):
         micro_batches: list[Batch] = []
         if pairs:
             batch = _pair_batch(data, pairs)
-            micro_batches = [
-                select(batch, part) for part in self.cut(pair_costs(batch), range(len(pairs)))
-            ]
+            costs = pair_costs(batch, shares_prompts=self.shares_prompts)
+            micro_batches = [select(batch, part) for part in self.cut(costs, range(len(pairs)))]
         paired = {row for pair in pairs for row in pair}
         idle = [row for row in range(batch_size(data)) if row not in paired]
-        if idle and self.rank == 0:
+        if idle and self.data_parallel_rank == 0:
             micro_batches.append(select(data, idle))
         return micro_batches
 

@@ -64,11 +64,14 @@ def as_samples(data: Batch) -> Batch:
     }
 
 
-def pair_costs(data: Batch) -> Batch:
-    """Pairs as what `CausalLMModule.cut` takes, so that none is torn."""
+def pair_costs(data: Batch, *, shares_prompts: bool = True) -> Batch:
+    """Pairs as what `CausalLMTrainer.cut` takes, so that none is torn; each with its prompt once,
+    or twice where passes do not share it.
+    """
     pairs = zip(data["chosen_ids"], data["rejected_ids"], strict=True)
+    times = 1 if shares_prompts else 2
     return {
-        "prompt_ids": list(data["prompt_ids"]),
+        "prompt_ids": [torch.cat([prompt] * times) for prompt in data["prompt_ids"]],
         "response_ids": [torch.cat([chosen, rejected]) for chosen, rejected in pairs],
     }
 

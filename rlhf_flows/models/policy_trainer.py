@@ -139,7 +139,7 @@ class PolicyTrainer(CausalLMTrainer):
         rows = [i for i, yes in enumerate(active) if yes]
         parts = self.cut(data, rows)
         idle = [i for i, yes in enumerate(active) if not yes]
-        if idle and self.rank == 0:
+        if idle and self.data_parallel_rank == 0:
             parts.append(idle)
         return [select(data, part) for part in parts]
 

@@ -7,10 +7,7 @@ logprobs and the policy's are of the same distribution where the weights are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from pathlib import Path
-
-from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.models.causal_lm import DType
@@ -22,6 +19,8 @@ __all__ = ["Reference"]
 
 class Reference(CausalLMModule):
     """Adds `reference_logprobs` to batches with `prompt_ids` and `response_ids`."""
+
+    takes_any_dtype = True
 
     def __init__(
         self,
@@ -46,11 +45,6 @@ class Reference(CausalLMModule):
     def setup(self) -> None:
         super().setup()
         self.model.requires_grad_(False)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As `TorchModule.load_weights`, in any precision."""
-        own = {name: tensor.dtype for name, tensor in self.named_weights()}
-        super().load_weights((name, w.to(own.get(name, w.dtype))) for name, w in weights)
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:
         """The batch with `reference_logprobs`: ragged float32, one per response token."""

@@ -16,6 +16,7 @@ from rlhf_flows.errors import ConfigError, DataError
 from rlhf_flows.models.families import family_of
 from rlhf_flows.models.logprob_head import ScoredTokens, selected_logprobs
 from rlhf_flows.models.shared_prefix import SharedPrefixLayout, build_layout
+from rlhf_flows.modules.packed_attention import flash_kernel
 
 __all__ = [
     "Layout",
@@ -132,6 +133,7 @@ def shared_prefix_hidden(
         siblings,
         dtype=model.dtype,
         device=model.device,
+        packed=flash_kernel(model.device, model.dtype, _head_width(model.config)) is not None,
     )
     hidden = model.get_decoder()(
         input_ids=plan.input_ids,
@@ -142,6 +144,11 @@ def shared_prefix_hidden(
         layout=plan,
     ).last_hidden_state[0]
     return plan.scored_hidden(hidden), plan
+
+
+def _head_width(config: Any) -> int:
+    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(width)
 
 
 def padded_hidden(

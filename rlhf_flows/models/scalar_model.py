@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForSequenceClassification
 from transformers.utils import logging
 
 from rlhf_flows.errors import ConfigError
@@ -42,8 +42,10 @@ __all__ = [
     "check_scalar_folder",
     "last_scores",
     "load_scalar_model",
+    "make_head",
     "one_longer",
     "response_scores",
+    "scalar_config",
 ]
 
 HeadInit = Literal["zero", "small"]
@@ -114,14 +116,23 @@ def load_scalar_model(
             " the model there again"
         )
     if missing:
-        _make_head(model.score.weight, head_init)
+        make_head(model.score.weight, head_init)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = pad_token_id
     return made_ready(model, device=device, gradient_checkpointing=gradient_checkpointing)
 
 
+def scalar_config(path: str | Path) -> Any:
+    """Of the model with a scalar head that a folder is, or becomes."""
+    folder = check_scalar_folder(path)
+    config = AutoConfig.from_pretrained(folder.path, num_labels=1, local_files_only=True)
+    config.architectures = [family_of(architecture_of(folder)).scalar]
+    return config
+
+
 @torch.no_grad()
-def _make_head(weight: Tensor, init: HeadInit) -> None:  # [1, D]
+def make_head(weight: Tensor, init: HeadInit) -> None:  # [1, D]
+    """Fills a new head, alike wherever it is made."""
     weight.zero_()
     if init == "small":
         width = weight.shape[1]

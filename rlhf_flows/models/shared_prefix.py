@@ -9,10 +9,10 @@ those of one padded row per sample, up to rounding.
 Two more savings: a response's last token predicts nothing, so it is never an input; and what
 follows the prompt's last token is predicted once for all siblings.
 
-Attention is chosen by device. In general it is two SDPA calls, prompts on themselves and responses
-on prompt and self; a dense mask over the whole row costs more than it saves. On CPU, short
-sequences go through plain products (cpu_attention.py). On CUDA the two SDPA calls have not been
-measured against varlen or flex attention yet.
+Attention is chosen by device. On CUDA it is flash attention of packed texts, without padding
+(modules/packed_attention.py), where that takes the model's heads. In general it is two SDPA calls,
+prompts on themselves and responses on prompt and self; a dense mask over the whole row costs more
+than it saves. On CPU, short sequences go through plain products (cpu_attention.py).
 
 Letters: G prompts (groups), P longest prompt, B responses (samples), R longest response input,
 N tokens in the row, T scored response tokens of all samples, H heads, d head width.
@@ -32,6 +32,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from rlhf_flows.models.cpu_attention import fits, product_attention
+from rlhf_flows.modules import packed_attention
+from rlhf_flows.modules.packed_attention import SharedSpans, flash_kernel, spans_of
 
 __all__ = ["ATTENTION", "SharedPrefixLayout", "build_layout"]
 
@@ -61,8 +63,10 @@ class SharedPrefixLayout:
     """Responses per prompt where every prompt has as many; else None."""
     prompt_of: Tensor
     """[B] prompt of each response, ascending."""
-    mask: Tensor
-    """[B, 1, R, P + R] added to the scores of responses: 0 or minus infinity."""
+    mask: Tensor | None
+    """[B, 1, R, P + R] added to the scores of responses: 0 or minus infinity; None beside spans."""
+    spans: SharedSpans | None
+    """Who sees whom, for a kernel that needs no padding; None where there is no such kernel."""
     last_prompt_tokens: Tensor
     """[G] row token that ends each prompt."""
     score_rows: Tensor
@@ -85,7 +89,9 @@ def build_layout(
     *,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
+    packed: bool = False,
 ) -> SharedPrefixLayout:
+    """With `packed`, for a kernel of packed texts: spans in place of the mask."""
     assert len(prompts) == len(siblings)
     assert sum(siblings) == len(responses)
     prompt_lengths = torch.tensor([len(p) for p in prompts])
@@ -101,24 +107,11 @@ def build_layout(
 
     prompt_pad, prompt_unpad = _padding(prompt_lengths)
     response_pad, response_unpad = _padding(input_lengths)
-    longest, longest_input = int(prompt_lengths.max()), int(input_lengths.max())
-    sees_prompt = torch.arange(longest) < prompt_lengths[prompt_of][:, None]  # [B, P]
-    sees_self = torch.ones(longest_input, longest_input, dtype=torch.bool).tril()
-    num_responses = len(responses)
-    seen = torch.cat(
-        [
-            sees_prompt[:, None].expand(-1, longest_input, -1),
-            sees_self.expand(num_responses, -1, -1),
-        ],
-        dim=2,
-    )
-    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-
     # Each response's first token is scored from the end of its prompt, the others from the
     # response itself: all first tokens, then the others, is the order in which rows ascend.
     targets = torch.cat(list(responses))
     place = _places(response_lengths)
-    sample = torch.repeat_interleave(torch.arange(num_responses), response_lengths)
+    sample = torch.repeat_interleave(torch.arange(len(responses)), response_lengths)
     first_input = len(prompts) + input_lengths.cumsum(0) - input_lengths  # [B]
     rows = torch.where(place == 0, prompt_of[sample], first_input[sample] + place - 1)
     order = torch.cat([(place == 0).nonzero()[:, 0], (place > 0).nonzero()[:, 0]])
@@ -134,14 +127,48 @@ def build_layout(
         num_prompts=len(prompts),
         response_pad=_to(response_pad, device),
         response_unpad=_to(response_unpad, device),
-        num_responses=num_responses,
+        num_responses=len(responses),
         siblings=siblings[0] if len(set(siblings)) == 1 else None,
         prompt_of=prompt_of.to(device),
-        mask=mask[:, None].to(device),
+        mask=None if packed else _mask(prompt_lengths[prompt_of], input_lengths, dtype).to(device),
+        spans=_spans(prompt_lengths, prompt_of, input_lengths, device) if packed else None,
         last_prompt_tokens=(prompt_lengths.cumsum(0) - 1).to(device),
         score_rows=rows[order].to(device),
         score_targets=targets[order].to(device),
         sample_order=sample_order.to(device),
+    )
+
+
+def _mask(
+    prompts: Tensor,  # [B] length of each response's prompt
+    inputs: Tensor,  # [B] of the response
+    dtype: torch.dtype,
+) -> Tensor:  # [B, 1, R, P + R]
+    longest, longest_input = int(prompts.max()), int(inputs.max())
+    sees_prompt = torch.arange(longest) < prompts[:, None]  # [B, P]
+    sees_self = torch.ones(longest_input, longest_input, dtype=torch.bool).tril()
+    seen = torch.cat(
+        [
+            sees_prompt[:, None].expand(-1, longest_input, -1),
+            sees_self.expand(len(inputs), -1, -1),
+        ],
+        dim=2,
+    )
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return mask[:, None]
+
+
+def _spans(
+    prompts: Tensor,  # [G] lengths
+    prompt_of: Tensor,  # [B]
+    inputs: Tensor,  # [B] lengths
+    device: torch.device | str,
+) -> SharedSpans:
+    of_group = torch.zeros_like(prompts).index_add_(0, prompt_of, inputs)
+    return SharedSpans(
+        prompts=spans_of(prompts.tolist(), device=device),
+        own=spans_of(inputs.tolist(), device=device),
+        seen=spans_of(of_group.tolist(), prompts.tolist(), device=device),
     )
 
 
@@ -243,6 +270,9 @@ def shared_prefix_attention(
         return output, None
     at, pads = layout.num_prompt_tokens, (layout.prompt_pad, layout.prompt_unpad)
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]  # [N, H, d]
+    if layout.spans is not None:
+        return _by_kernel(rows, layout, scaling)[None], None
+    assert layout.mask is not None
     if query.device.type == "cpu" and scaling is not None and fits(layout, query.shape[1]):
         return product_attention(*rows, layout=layout, scale=scaling)[None], None
     gqa = query.shape[1] != key.shape[1]
@@ -265,6 +295,27 @@ def shared_prefix_attention(
         )
         parts.append(_flat(out, *pads))
     return torch.cat(parts)[None], None
+
+
+def _by_kernel(
+    rows: Sequence[Tensor],  # query, key, value: each [N, H, d]
+    layout: SharedPrefixLayout,
+    scaling: float | None,
+) -> Tensor:  # [N, H, d]
+    assert layout.spans is not None
+    query, key, value = rows
+    width = query.shape[-1]
+    kernel = flash_kernel(query.device, query.dtype, width)
+    assert kernel is not None, "spans are made where there is a kernel"
+    return packed_attention.shared_prefix_attention(
+        query,
+        key,
+        value,
+        layout.spans,
+        num_prompt_tokens=layout.num_prompt_tokens,
+        scale=width**-0.5 if scaling is None else scaling,
+        kernel=kernel,
+    )
 
 
 def _for_siblings(x: Tensor, layout: SharedPrefixLayout) -> Tensor:

@@ -10,7 +10,7 @@ Letters: B rows, U different prompts, P padded prompt length, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ MAX_ROWS = 256
 class TorchPolicy(GeneratingPolicy, TorchModule):
     """Completes prompts with transformers; adds the behaviour log-probability of every token."""
 
+    takes_any_dtype = True
+
     def setup(self) -> None:
         dtype: Any = HFFolder(self.path).dtype if self.dtype == "auto" else self.dtype
         self.model = load_causal_lm(self.path, dtype=dtype, device=self.context.device)
@@ -42,11 +44,6 @@ class TorchPolicy(GeneratingPolicy, TorchModule):
             self.model.set_attn_implementation("sdpa")
         self.model.eval()
         self._ends = self.end_token_ids
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
-        """As `TorchModule.load_weights`, in any precision."""
-        own = {name: tensor.dtype for name, tensor in self.named_weights()}
-        super().load_weights((name, w.to(own.get(name, w.dtype))) for name, w in weights)
 
     @torch.no_grad()
     def generate(

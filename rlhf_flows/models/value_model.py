@@ -8,7 +8,8 @@ returns, that of its own version, however far its trainer has gone since.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -19,7 +20,8 @@ from rlhf_flows.data.batch import Batch
 from rlhf_flows.models.causal_lm import DType
 from rlhf_flows.models.response_logprobs import Layout
 from rlhf_flows.models.scalar_module import ScalarModule
-from rlhf_flows.models.value_scale import MEAN, STD, read_scale, take_off
+from rlhf_flows.models.value_scale import MEAN, STD, is_scale, read_scale, take_off
+from rlhf_flows.modules.base import TakeWeights, TensorKind
 from rlhf_flows.settings import PPOSettings
 
 __all__ = ["ValueModel"]
@@ -57,6 +59,13 @@ class ValueModel(ScalarModule):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         scale: dict[str, Tensor] = {}
         super().load_weights(take_off(weights, scale))
+        self._scale = scale
+
+    @contextmanager
+    def receiving_weights(self, kinds: Sequence[TensorKind]) -> Iterator[TakeWeights]:
+        scale: dict[str, Tensor] = {}
+        with super().receiving_weights([kind for kind in kinds if not is_scale(kind[0])]) as take:
+            yield lambda weights: take(list(take_off(weights, scale)))
         self._scale = scale
 
     def forward_step(self, data: Batch, iteration: int = 0) -> Batch:

@@ -22,6 +22,7 @@ __all__ = [
     "MEAN",
     "STD",
     "check_scale",
+    "is_scale",
     "make_moments",
     "read_scale",
     "scale_tensors",
@@ -56,12 +57,17 @@ def scale_tensors(moments: RunningMoments | None) -> dict[str, Tensor]:
     }
 
 
+def is_scale(name: str) -> bool:
+    """Whether this is one of the scale's tensors."""
+    return name.startswith(_PREFIX)
+
+
 def take_off(
     weights: Iterable[tuple[str, Tensor]], scale: dict[str, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights without the scale, which is copied into `scale`."""
     for name, tensor in weights:
-        if name.startswith(_PREFIX):
+        if is_scale(name):
             scale[name] = tensor.clone()
         else:
             yield name, tensor

@@ -9,7 +9,7 @@ Letters: T response tokens of a micro-batch, flat, in sample order.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -87,13 +87,16 @@ class ValueTrainer(CausalLMTrainer, ScalarModule):
             if name in scale:
                 tensor.copy_(scale[name])
 
-    def running_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The model's, and the statistics of returns that its outputs are normalized by."""
-        yield from super().running_weights()
-        yield from scale_tensors(self.moments).items()
+    def extra_weights(self) -> Mapping[str, Tensor]:
+        """The statistics of returns that the model's outputs are normalized by."""
+        return {**super().extra_weights(), **scale_tensors(self.moments)}
 
     def save_pretrained(self, folder: Path) -> None:
         super().save_pretrained(folder)
+        write_scale(folder, self.moments)
+
+    def export_weights(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+        super().export_weights(weights, folder)
         write_scale(folder, self.moments)
 
     def before_episode(self, episode: int) -> None:
@@ -125,7 +128,7 @@ class ValueTrainer(CausalLMTrainer, ScalarModule):
         weighs = [bool((w != 0).any()) for w in data["token_weight"]]
         parts = self.cut(data, [i for i, yes in enumerate(weighs) if yes])
         idle = [i for i, yes in enumerate(weighs) if not yes]
-        if idle and self.rank == 0:
+        if idle and self.data_parallel_rank == 0:
             parts.append(idle)
         return [select(data, part) for part in parts]
 

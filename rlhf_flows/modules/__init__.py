@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlhf_flows.modules.base import BaseModule, ModuleContext
     from rlhf_flows.modules.deepspeed_module import DeepSpeedModule
-    from rlhf_flows.modules.megatron_module import MegatronModule
+    from rlhf_flows.modules.megatron.module import MegatronModule
     from rlhf_flows.modules.torch_module import TorchModule
     from rlhf_flows.modules.vllm_module import VLLMModule
 
@@ -27,7 +27,7 @@ __all__ = [
 _HOMES = {
     "BaseModule": "base",
     "DeepSpeedModule": "deepspeed_module",
-    "MegatronModule": "megatron_module",
+    "MegatronModule": "megatron.module",
     "ModuleContext": "base",
     "TorchModule": "torch_module",
     "VLLMModule": "vllm_module",

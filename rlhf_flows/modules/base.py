@@ -9,6 +9,7 @@ tested in one process: `attach(ModuleContext(...))`, `setup()`, then its methods
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,13 @@ if TYPE_CHECKING:
 
     from rlhf_flows.data.batch import Batch
 
-__all__ = ["BaseModule", "ModuleContext"]
+__all__ = ["BaseModule", "ModuleContext", "TakeWeights", "TensorKind"]
+
+TensorKind = tuple[str, str, tuple[int, ...]]
+"""Name, dtype as torch calls it (`bfloat16`) and shape of a weight."""
+TakeWeights = Callable[["Sequence[tuple[str, Tensor]]"], None]
+"""Takes some of the weights. They are its to read, not to keep: what outlives the call, it copies.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +71,12 @@ class BaseModule:
 
     default_threads: ClassVar[int | None] = None
     """CPU threads of a worker that is not told otherwise; None takes all cores."""
+
+    is_sharded: bool = False
+    """Whether the ranks of a replica hold different parts of the model: `named_weights` is then
+    collective, every rank iterates it to its end, and one such iteration at a time; `save_state`
+    writes files of every rank's own. Otherwise each rank has all of it, and rank 0 alone writes.
+    """
 
     _name: str
     _context: ModuleContext
@@ -161,6 +174,13 @@ class BaseModule:
         self._context = context
 
     # ---- life -----------------------------------------------------------------------------
+
+    def parallel_sizes(self) -> Mapping[str, int]:
+        """How the ranks of a replica share the model, where that is the module's to say:
+        `tensor_model_parallel_size`, `pipeline_model_parallel_size` and `data_parallel_size`.
+        What is left out the configuration says (`models.<name>`).
+        """
+        return {}
 
     def validate(self) -> None:
         """Checks, in the user's program, that this module can run; raises before any actor starts.
@@ -281,7 +301,10 @@ class BaseModule:
         from rlhf_flows.modules.micro_batches import cut_batch  # torch
 
         return cut_batch(
-            data, settings=self.runtime_args, rank=self.rank, world_size=self.world_size
+            data,
+            settings=self.runtime_args,
+            rank=self.data_parallel_rank,
+            world_size=self.data_parallel_size,
         )
 
     def train_step(self, data: list[Batch], iteration: int) -> Mapping[str, float] | None:
@@ -305,15 +328,54 @@ class BaseModule:
         """Takes weights under their Hugging Face names; all of them, or raises."""
         raise ConfigError(f"module {self.name!r} ({type(self).__name__}) cannot load weights")
 
+    def receiving_weights(self, kinds: Sequence[TensorKind]) -> AbstractContextManager[TakeWeights]:
+        """Takes weights bit by bit: what comes within it adds up to `kinds`, in any order.
+
+        On leaving it they are in place. Where it is left by an error, the module is in no known
+        state, and is used no more. By default everything is kept until then, a copy of all weights,
+        and given to `load_weights`: whoever defines that need not define this.
+
+        Raises:
+            SyncError: these are not this module's weights; nothing was changed.
+        """
+        return self._collecting()
+
+    @contextmanager
+    def _collecting(self) -> Iterator[TakeWeights]:
+        kept: list[tuple[str, Tensor]] = []
+        yield lambda weights: kept.extend((name, tensor.clone()) for name, tensor in weights)
+        self.load_weights(kept)
+
     def save_state(self, folder: Path) -> None:
-        """Writes what training needs beside the weights: optimizer, schedule, random states."""
+        """Writes what training needs beside the weights: optimizer, schedule, random states.
+
+        Of a sharded module: collective, each rank into a folder of its own, files of names that no
+        other rank writes. A rank that cannot write takes part to the end, and raises then.
+        """
 
     def load_state(self, folder: Path) -> None:
         """Takes back what `save_state` wrote; the weights were loaded before."""
 
+    def state_files(self, folder: Path, names: Sequence[str]) -> Sequence[str]:
+        """Of the files that all ranks of a sharded module wrote, those that this rank is to read.
+        Asked before `load_state`; `folder` holds those that are JSON.
+        """
+        return names
+
     def save_pretrained(self, folder: Path) -> None:
         """Writes the weights as a Hugging Face folder that any reader loads."""
         raise ConfigError(f"module {self.name!r} ({type(self).__name__}) has no weights to save")
+
+    def export_weights(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+        """`save_pretrained` of weights that come one by one, such as its own `named_weights`: a
+        Hugging Face folder with the configuration and the tokenizer of this module.
+
+        Asked of rank 0 of a sharded module.
+        """
+        raise ConfigError(
+            f"module {self.name!r} ({type(self).__name__}) cannot export weights that come one by"
+            " one: define export_weights(weights, folder), as every sharded module must"
+        )
 
     def vocabulary_size(self) -> int:
         """Tokens that a probe may use; 0 where a sync of this module cannot be probed."""

@@ -2,7 +2,7 @@
 
 Pre-norm layers of attention with rotary positions and a gated MLP, RMS norms, no dropout. Read from
 a model's configuration by its family (`rlhf_flows.models.families`); what builds from it is
-`megatron_model.py`. Knows no library of models.
+`megatron/model.py`. Knows no library of models.
 """
 
 from __future__ import annotations
@@ -36,6 +36,8 @@ class DecoderShape:
     """Radians a position of each pair of a head's columns, [head_width / 2]."""
     tied: bool
     """Whether the head's matrix is the embedding's."""
+    scalar_head: bool = False
+    """Whether it ends in one number a token, `score`, in place of a vocabulary; never tied."""
     qkv_bias: bool = False
     all_biases: bool = False
     """Of every linear layer, those of queries, keys and values included."""

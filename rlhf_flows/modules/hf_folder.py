@@ -157,7 +157,11 @@ class HFFolder:
 
     def check_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Raises SyncError unless these are all of this model's weights, with their shapes."""
-        expected, found = self.weight_shapes, {n: tuple(w.shape) for n, w in weights}
+        self.check_shapes({name: tuple(tensor.shape) for name, tensor in weights})
+
+    def check_shapes(self, found: Mapping[str, tuple[int, ...]]) -> None:
+        """As `check_weights`, of names and shapes."""
+        expected = self.weight_shapes
         missing = [n for n in expected if n not in found]
         unknown = [n for n in found if n not in expected and not self._is_derived(n)]
         wrong = [n for n in expected if n in found and expected[n] != found[n]]

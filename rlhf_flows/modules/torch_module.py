@@ -2,27 +2,34 @@
 
 A subclass's `setup` sets `self.model`, and `self.optimizer` and `self.lr_scheduler` where it
 trains; everything else here follows from these. Two decisions: weights are checked by name, shape
-and dtype before the first of them changes, so a failed load leaves a working model; and the
+and dtype before the first of them changes, so weights of another model change nothing; and the
 training state is safetensors and JSON (modules/torch_state.py), never pickle, exact to the bit.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from itertools import starmap
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlhf_flows.errors import ConfigError, NonFiniteError, SyncError
-from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.modules.base import BaseModule, TakeWeights, TensorKind
 from rlhf_flows.modules.conversion import Conversion
-from rlhf_flows.modules.torch_state import load_training_state, save_training_state
+from rlhf_flows.modules.hf_export import write_weights
+from rlhf_flows.modules.state_pieces import PieceReader
+from rlhf_flows.modules.torch_state import (
+    load_pieces,
+    load_training_state,
+    save_training_state,
+)
 
-__all__ = ["TorchModule"]
+__all__ = ["TorchModule", "is_overridden", "kind_of"]
 
 
 class TorchModule(BaseModule):
@@ -31,6 +38,9 @@ class TorchModule(BaseModule):
     Ranks of one replica are data-parallel: each gets the whole global batch, works on its share,
     and `sum_gradients` makes the gradients whole. Their process group is the worker's affair.
     """
+
+    takes_any_dtype: ClassVar[bool] = False
+    """Whether weights in another precision than the model's are taken, and cast."""
 
     model: Any
     optimizer: Any = None
@@ -71,19 +81,64 @@ class TorchModule(BaseModule):
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replaces all weights. Raises SyncError, with nothing changed, unless they fit exactly."""
-        own = dict(self.named_weights())
-        given: dict[str, Tensor] = {}
+        given = list(weights)
+        with self._filling([kind_of(name, tensor) for name, tensor in given]) as take:
+            take(given)
+
+    def receiving_weights(self, kinds: Sequence[TensorKind]) -> AbstractContextManager[TakeWeights]:
+        """Copies each weight as it comes. Of a weight that the model keeps together with others
+        (`conversion`), a copy is held until these have come.
+        """
+        # A subclass that has a `load_weights` of its own, and knows nothing of this.
+        if is_overridden(type(self), "load_weights", beside="receiving_weights"):
+            return self._collecting()
+        return self._filling(kinds)
+
+    @contextmanager
+    def _filling(self, kinds: Sequence[TensorKind]) -> Iterator[TakeWeights]:
+        self._check_weights(kinds)
+        targets = [
+            *self.running_weights(),
+            *((name, master) for name, master in (self.master_weights or {}).items()),
+        ]
+        wanted: dict[str, list[_Target]] = {}
+        for name, tensor in targets:
+            target = _Target(name, tensor, tuple(part for part, _ in self._parts(name, tensor)))
+            for part in target.parts:
+                wanted.setdefault(part, []).append(target)
+
+        @torch.no_grad()
+        def take(weights: Sequence[tuple[str, Tensor]]) -> None:
+            touched: dict[int, _Target] = {}
+            for part, tensor in weights:
+                for target in wanted.pop(part):
+                    target.given[part] = tensor
+                    touched[id(target)] = target
+                    if len(target.given) == len(target.parts):
+                        self._fill(target)
+                        del touched[id(target)]
+            for target in touched.values():
+                target.given = {part: tensor.clone() for part, tensor in target.given.items()}
+
+        yield take
+        assert not wanted, f"{len(wanted)} weights did not come"
+
+    def _check_weights(self, kinds: Sequence[TensorKind]) -> None:
+        own = {kind[0]: kind[1:] for kind in starmap(kind_of, self.named_weights())}
+        given: dict[str, tuple[str, tuple[int, ...]]] = {}
         problems: list[str] = []
-        for name, tensor in weights:
+        for name, dtype, shape in kinds:
             if name in given:
                 problems.append(f"{name} came twice")
-            given[name] = tensor
+            given[name] = (dtype, shape)
         problems += [f"{name} is missing" for name in own if name not in given]
         problems += [f"{name} is not in the model" for name in given if name not in own]
         for name in own.keys() & given.keys():
-            want, found = _kind(own[name]), _kind(given[name])
-            if want != found:
-                problems.append(f"{name} is {found}, expected {want}")
+            (dtype, shape), (found, its_shape) = own[name], given[name]
+            if shape != its_shape or not (dtype == found or self.takes_any_dtype):
+                problems.append(
+                    f"{name} is {found} {list(its_shape)}, expected {dtype} {list(shape)}"
+                )
         if problems:
             shown = "; ".join(sorted(problems)[:8])
             more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
@@ -91,37 +146,49 @@ class TorchModule(BaseModule):
                 f"module {self.name!r} cannot take these weights: {shown}{more}. Nothing was"
                 " changed: send the weights of the same model in the same dtype"
             )
-        with torch.no_grad():
-            for name, tensor in self.running_weights():
-                self._fill(name, tensor, given)
-            for name, master in (self.master_weights or {}).items():
-                self._fill(name, master, given)
 
     def running_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """As `named_weights`, in names and shapes of the model as it runs. A subclass may add what
-        is to travel with the weights.
-        """
+        """As `named_weights`, in names and shapes of the model as it runs."""
         seen: set[int] = set()
         for name, tensor in self._model().state_dict(keep_vars=True).items():
             if id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield name, tensor.detach()
+        yield from self.extra_weights().items()
+
+    def extra_weights(self) -> Mapping[str, Tensor]:
+        """What is to travel with the model's weights, last; filled in place where they are taken.
+        A subclass adds its own.
+        """
+        return {}
 
     def _parts(self, name: str, tensor: Tensor) -> Sequence[tuple[str, Tensor]]:
         return [(name, tensor)] if self.conversion is None else self.conversion.split(name, tensor)
 
-    def _fill(self, name: str, tensor: Tensor, given: Mapping[str, Tensor]) -> None:
-        parts = [given[part] for part, _ in self._parts(name, tensor)]
-        tensor.copy_(parts[0] if self.conversion is None else self.conversion.merge(name, parts))
+    def _fill(self, target: _Target) -> None:
+        parts = [target.given[part] for part in target.parts]
+        target.tensor.copy_(self._merged(target.name, parts))
+
+    def _merged(self, name: str, parts: Sequence[Tensor]) -> Tensor:
+        return parts[0] if self.conversion is None else self.conversion.merge(name, parts)
 
     def save_pretrained(self, folder: Path) -> None:
         """The Hugging Face folder where the model is one of theirs, else model.safetensors."""
         model = self._model()
         if hasattr(model, "save_pretrained"):
             model.save_pretrained(folder)
+            if self.tokenizer is not None:
+                self.tokenizer.save_pretrained(folder)
         else:
-            weights = {name: t.contiguous() for name, t in self.named_weights()}
-            save_file(weights, folder / "model.safetensors")
+            self.export_weights(self.named_weights(), folder)
+
+    def export_weights(self, weights: Iterable[tuple[str, Tensor]], folder: Path) -> None:
+        model = self._model()
+        write_weights(weights, folder)
+        for name in ("config", "generation_config"):
+            described: Any = getattr(model, name, None)
+            if hasattr(described, "save_pretrained"):
+                described.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
@@ -144,12 +211,32 @@ class TorchModule(BaseModule):
         )
 
     def load_state(self, folder: Path) -> None:
-        """Raises ConfigError where the folder's state is not of this module's optimizer."""
+        """Also of a sharded module of the same model, whose optimizer is AdamW too.
+
+        Raises ConfigError where the folder's state is not of this module's optimizer.
+        """
+        if PieceReader.is_at(folder):
+            self._load_pieces(folder)
+            return
         load_training_state(
             folder,
             optimizer=self.optimizer,
             lr_scheduler=self.lr_scheduler,
             tensors=self.training_tensors(),
+        )
+
+    def _load_pieces(self, folder: Path) -> None:
+        masters = self.master_weights
+        trained = {n: p for n, p in self.named_parameters() if p.requires_grad}
+        load_pieces(
+            folder,
+            stepped=trained if masters is None else masters,
+            split=self._parts,
+            merge=self._merged,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            tensors={n: t for n, t in self.training_tensors().items() if n not in (masters or {})},
+            are_masters=masters is not None,
         )
 
     # ---- steps ----------------------------------------------------------------------------
@@ -245,8 +332,31 @@ class TorchModule(BaseModule):
             model.train(trained)
 
 
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+@dataclass(slots=True)
+class _Target:
+    """A tensor of the model, on its way to be filled."""
+
+    name: str
+    tensor: Tensor
+    parts: tuple[str, ...]
+    """Names of the weights that it is made of."""
+    given: dict[str, Tensor] = field(default_factory=dict)
+    """Those that came."""
+
+
+def kind_of(name: str, tensor: Tensor) -> TensorKind:
+    """Of a weight."""
+    return name, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+
+
+def is_overridden(cls: type, method: str, *, beside: str) -> bool:
+    """Whether a subclass of the class that defines `beside` for `cls` defines `method` anew."""
+    order = cls.__mro__
+
+    def definer(name: str) -> int:
+        return next(i for i, c in enumerate(order) if name in vars(c))
+
+    return definer(method) < definer(beside)
 
 
 def _finite(x: float) -> bool:

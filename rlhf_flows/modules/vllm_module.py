@@ -16,8 +16,8 @@ import importlib.util
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -33,8 +33,9 @@ from rlhf_flows.errors import (
     UserError,
 )
 from rlhf_flows.generation import Completion, GenerationSettings, check_request
+from rlhf_flows.modules.base import TakeWeights, TensorKind
 from rlhf_flows.modules.hf_folder import HFFolder
-from rlhf_flows.modules.torch_module import TorchModule
+from rlhf_flows.modules.torch_module import TorchModule, is_overridden, kind_of
 
 __all__ = ["VLLMModule"]
 
@@ -293,6 +294,19 @@ class VLLMModule(TorchModule):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Takes new weights, all of them, under their Hugging Face names and in any precision.
 
+        Raises:
+            SyncError: as `receiving_weights`.
+        """
+        if self._has_own_model:
+            super().load_weights(weights)
+            return
+        given = list(weights)
+        with self._reloading([kind_of(name, tensor) for name, tensor in given]) as take:
+            take(given)
+
+    def receiving_weights(self, kinds: Sequence[TensorKind]) -> AbstractContextManager[TakeWeights]:
+        """Has vLLM load each layer once its weights are there, in any precision.
+
         Names and shapes are checked before the engine is touched: a load that fails half-way
         leaves an engine that dies at the next request, so it is not used again.
 
@@ -301,16 +315,31 @@ class VLLMModule(TorchModule):
                 failed while it took them (every later call says so).
         """
         if self._has_own_model:
-            super().load_weights(weights)
-            return
+            return super().receiving_weights(kinds)
+        if is_overridden(type(self), "load_weights", beside="receiving_weights"):
+            return self._collecting()
+        return self._reloading(kinds)
+
+    @contextmanager
+    def _reloading(self, kinds: Sequence[TensorKind]) -> Iterator[TakeWeights]:
         engine = self._engine()
-        weights = list(weights)
-        self._folder.check_weights(weights)
+        self._folder.check_shapes({name: shape for name, _, shape in kinds})
+
+        def take(weights: Sequence[tuple[str, Tensor]]) -> None:
+            # It keeps what comes until the layer is complete.
+            is_all = len(weights) == len(kinds)
+            copies = ((name, tensor if is_all else tensor.clone()) for name, tensor in weights)
+            engine.collective_rpc(_take_weights, args=(copies,))
+
         self._broken = "a load of weights failed half-way"
         try:
             if self._on_cpu:
                 engine.apply_model(_unpack_experts)
-            engine.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(weights)})
+            engine.collective_rpc(_begin_reload)
+            yield take
+            engine.collective_rpc(_finish_reload)
+        except SyncError:  # of whom the weights come from
+            raise
         except Exception as e:  # whatever it was, the engine is lost
             raise SyncError(
                 f"the engine of module {self.name!r} failed while it took new weights ({e}):"
@@ -364,6 +393,33 @@ def _register_here(vllm: Any, architectures: Sequence[str]) -> None:
         known = vllm.ModelRegistry.models.get(name)
         if known is not None:
             vllm.ModelRegistry.register_model(name, known.load_model_cls())
+
+
+def _begin_reload(worker: Any) -> None:
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
+    with _configured(worker):
+        reload.initialize_layerwise_reload(worker.get_model())
+
+
+def _take_weights(worker: Any, weights: Iterable[tuple[str, Tensor]]) -> None:
+    with _configured(worker):
+        worker.get_model().load_weights(weights)
+
+
+def _finish_reload(worker: Any) -> None:
+    """With what the worker's own `reload_weights` does after it (vllm 0.32)."""
+    reload: Any = importlib.import_module("vllm.model_executor.model_loader.reload")
+    runner = worker.model_runner
+    with _configured(worker):
+        reload.finalize_layerwise_reload(worker.get_model(), runner.vllm_config.model_config)
+        runner.reset_lora_state()
+        runner.reset_encoder_cache()
+        runner.reset_mm_cache()
+
+
+def _configured(worker: Any) -> AbstractContextManager[None]:
+    config: Any = importlib.import_module("vllm.config")
+    return config.set_current_vllm_config(worker.vllm_config)  # type: ignore[no-any-return]
 
 
 def _unpack_experts(model: torch.nn.Module) -> None:

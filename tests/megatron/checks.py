@@ -12,17 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlhf_flows.models.megatron_causal_lm import MegatronCausalLM, load_megatron_causal_lm
-from rlhf_flows.modules.megatron_cpu import calling_megatron
-from rlhf_flows.modules.megatron_model import hidden_states, packed_texts
-from rlhf_flows.modules.megatron_topology import Topology, model_parallel_groups
+from rlhf_flows.models.megatron.causal_lm import MegatronCausalLM, load_megatron_causal_lm
+from rlhf_flows.models.megatron.scalar import load_megatron_scalar
+from rlhf_flows.modules.megatron.cpu import calling_megatron
+from rlhf_flows.modules.megatron.model import hidden_states, packed_texts
+from rlhf_flows.modules.megatron.topology import Topology, model_parallel_groups
 from tests.megatron.ranks import COLLECTIVE_TIMEOUT_S
 
 
 @contextmanager
 def loaded(folder: str, topology: Topology, **kwargs: Any) -> Iterator[MegatronCausalLM]:
+    """With `head_init` a model with a scalar head."""
+    load = load_megatron_scalar if "head_init" in kwargs else load_megatron_causal_lm
     with model_parallel_groups(topology, timeout_s=COLLECTIVE_TIMEOUT_S):
-        yield load_megatron_causal_lm(folder, topology, **kwargs)
+        yield load(folder, topology, **kwargs)
 
 
 def plain_model(folder: str) -> Any:
@@ -107,7 +110,7 @@ def logits_with_plain_packing(folder: str) -> float:
     """The difference of logits with queries, keys and values of all heads one after the other."""
     from unittest.mock import patch
 
-    from rlhf_flows.modules.megatron_conversion import MegatronConversion
+    from rlhf_flows.modules.megatron.conversion import MegatronConversion
 
     plain = plain_model(folder)
     texts = texts_of(plain.config.vocab_size)
@@ -151,7 +154,7 @@ def shared_vocabulary() -> list[float]:
     """Differences of logprobs, entropies and both gradients from plain log_softmax."""
     from torch.distributed import get_rank, get_world_size
 
-    from rlhf_flows.models.megatron_logprobs import vocabulary_parallel_logprobs
+    from rlhf_flows.models.megatron.logprobs import vocabulary_parallel_logprobs
 
     rank, size = get_rank(), get_world_size()
     torch.manual_seed(2)
@@ -199,6 +202,21 @@ def groups_that_one_rank_does_not_make() -> str:
             return "made"
     except WaitTimeoutError as error:
         return str(error)
+
+
+def exported_folder(folder: str, topology: Topology, to: str, max_file_bytes: int) -> None:
+    """A Hugging Face folder of a model in bfloat16, which rank 0 writes as weights come."""
+    from pathlib import Path
+
+    from rlhf_flows.modules.hf_export import copy_description, write_weights
+
+    with loaded(folder, topology, dtype="bfloat16") as model:
+        weights = model.named_weights()
+        if torch.distributed.get_rank() == 0:
+            copy_description(Path(folder), Path(to), dtype="bfloat16")
+            write_weights(weights, Path(to), max_file_bytes=max_file_bytes)
+        for _ in weights:
+            pass
 
 
 def refused_weights(folder: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import multiprocessing
-import os
 import time
 import traceback
 import warnings
@@ -57,9 +56,9 @@ class Ranks:
     def _start(self) -> None:
         if self._workers:
             return
-        from torch.distributed import TCPStore
+        from rlhf_flows.modules.rank_group import LOOPBACK, hold_store
 
-        self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = hold_store(LOOPBACK)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["torch", "transformers", "megatron.core.models.gpt"])
         for _ in range(self.most):
@@ -78,15 +77,15 @@ class Ranks:
 
 
 def _serve(pipe: Connection, port: int) -> None:
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     warnings.simplefilter("ignore")
     import torch
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore
 
-    from rlhf_flows.modules.megatron_topology import join_ranks
+    from rlhf_flows.modules.rank_group import LOOPBACK, join_ranks, reach_store, talk_over
 
     torch.set_num_threads(1)
-    store = TCPStore("127.0.0.1", port, is_master=False)
+    talk_over(LOOPBACK)
+    store = reach_store(LOOPBACK, port, timeout_s=COLLECTIVE_TIMEOUT_S)
     while True:
         try:
             name, check, rank, world_size, kwargs = pipe.recv()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from rlhf_flows.modules.decoder_shape import DecoderShape
-from rlhf_flows.modules.megatron_conversion import MegatronConversion
+from rlhf_flows.modules.megatron.conversion import MegatronConversion
 
 HEADS, GROUPS, W, D, F = 6, 2, 4, 8, 10
 SHAPE = DecoderShape(

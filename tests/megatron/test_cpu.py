@@ -11,7 +11,7 @@ pytest.importorskip("megatron.core")
 
 from megatron.core.tensor_parallel import random as megatron_random
 
-from rlhf_flows.modules.megatron_cpu import calling_megatron
+from rlhf_flows.modules.megatron.cpu import calling_megatron
 
 
 def patched() -> list[object]:

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_flows.models import megatron_logprobs
-from rlhf_flows.models.megatron_logprobs import vocabulary_parallel_logprobs
+from rlhf_flows.models.megatron import logprobs
+from rlhf_flows.models.megatron.logprobs import vocabulary_parallel_logprobs
 from tests.megatron.ranks import Ranks
 
 U, D, V = 9, 6, 70
@@ -17,7 +17,7 @@ U, D, V = 9, 6, 70
 
 @pytest.fixture(params=[2**21, V, 3 * V], ids=["one chunk", "rows alone", "three rows"])
 def chunked(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setitem(megatron_logprobs._CHUNK_ELEMENTS, "cpu", request.param)
+    monkeypatch.setitem(logprobs._CHUNK_ELEMENTS, "cpu", request.param)
     return
 
 

@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch.distributed import HashStore
 
-from rlhf_flows.errors import ConfigError, WaitTimeoutError
-from rlhf_flows.models.megatron_causal_lm import check_megatron_folder
-from rlhf_flows.modules.megatron_topology import Topology, join_ranks
+from rlhf_flows.errors import ConfigError
+from rlhf_flows.models.megatron.causal_lm import check_megatron_folder
+from rlhf_flows.modules.megatron.topology import Topology
 from tests.megatron.ranks import Ranks
 from tests.megatron.test_conversion import SHAPE
 from tests.megatron.tiny_decoders import SIZES
@@ -58,15 +57,6 @@ def test_the_padded_vocabulary_holds_all_tokens_alike_on_all_ranks(
     ).padded_vocabulary(size)
     assert size <= padded < size + 64 * tensor_parallel
     assert padded % (64 * tensor_parallel) == 0
-
-
-def test_a_rank_says_which_others_did_not_come() -> None:
-    store = HashStore()
-    store.set("arrived/2", "1")
-    begun = time.monotonic()
-    with pytest.raises(WaitTimeoutError, match=r"rank 0 of 4 waited 0\.2 s for rank 1, 3"):
-        join_ranks(store, rank=0, world_size=4, timeout_s=0.2)
-    assert time.monotonic() - begun < 10
 
 
 def test_neighbours_share_layers_and_far_ranks_are_other_stages(ranks: Ranks) -> None:

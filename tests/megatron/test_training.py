@@ -4,74 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from rlhf_flows.modules.megatron_topology import Topology
+from rlhf_flows.modules.megatron.topology import Topology
+from tests.megatron.agreement import CHECKS, TOPOLOGIES, Plain, agrees
 from tests.megatron.ranks import Ranks
-
-CHECKS = "tests.megatron.training_checks"
-LOSS, RELATIVE_NORM, WEIGHTS = 2e-6, 2e-6, 2e-5
-"""Largest differences; a step moves weights by about 1e-3."""
-
-Plain = Callable[..., tuple[list[dict[str, float]], str]]
-
-
-@pytest.fixture(scope="module")
-def plain(
-    ranks: Ranks,
-    decoder_folder: Callable[[str], Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Plain:
-    """Steps of the torch trainer on padded rows, and the file of the weights they led to."""
-    trained: dict[str, tuple[list[dict[str, float]], str]] = {}
-
-    def train(variant: str, algorithm: str = "sft") -> tuple[list[dict[str, float]], str]:
-        key = f"{variant} by {algorithm}"
-        if key not in trained:
-            file = str(tmp_path_factory.mktemp("plain") / "model.safetensors")
-            (log,) = ranks.run(
-                f"{CHECKS}:plain_training",
-                folder=str(decoder_folder(variant)),
-                algorithm=algorithm,
-                weights_file=file,
-            )
-            trained[key] = log, file
-        return trained[key]
-
-    return train
-
-
-def agrees(found: list[dict[str, Any]], log: list[dict[str, float]]) -> None:
-    for rank in found:
-        for step, expected in zip(rank["log"], log, strict=True):
-            assert step["loss"] == pytest.approx(expected["loss"], abs=LOSS)
-            assert step["grad_norm"] == pytest.approx(expected["grad_norm"], rel=RELATIVE_NORM)
-            assert step["learning_rate"] == expected["learning_rate"]
-            assert step == pytest.approx(expected, rel=2e-5, abs=2e-5)
-        assert rank["moved"] > 20 * WEIGHTS
-        assert rank["weights"] < WEIGHTS
-
-
-TOPOLOGIES: dict[str, tuple[Topology, dict[str, Any]]] = {
-    "one rank": (Topology(), {}),
-    "one rank, activations again": (Topology(), {"recompute": True}),
-    "TP2": (Topology(world_size=2, tensor_parallel=2), {}),
-    "TP2, SP": (Topology(world_size=2, tensor_parallel=2, sequence_parallel=True), {}),
-    "PP2": (Topology(world_size=2, pipeline_parallel=2), {}),
-    "PP2, VPP2": (Topology(world_size=2, pipeline_parallel=2, virtual_pipeline=2), {}),
-    "DP2": (Topology(world_size=2), {}),
-    "DP2, optimizer shared": (Topology(world_size=2), {"distributed_optimizer": True}),
-    "TP2 x DP2, optimizer shared": (
-        Topology(world_size=4, tensor_parallel=2),
-        {"distributed_optimizer": True},
-    ),
-    "TP2 x PP2, SP": (
-        Topology(world_size=4, tensor_parallel=2, pipeline_parallel=2, sequence_parallel=True),
-        {},
-    ),
-}
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)

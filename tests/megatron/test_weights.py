@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
-from rlhf_flows.modules.megatron_topology import Topology
+from rlhf_flows.modules.megatron.topology import Topology
 from tests.megatron.ranks import Ranks
 from tests.megatron.tiny_decoders import VARIANTS
 
@@ -70,3 +72,24 @@ def test_weights_that_are_not_those_of_the_configuration_are_refused(
     (folder / "config.json").write_text(json.dumps({**config, field: value}))
     (refusal,) = ranks.run("tests.megatron.checks:refused_weights", folder=str(folder))
     assert message in refusal
+
+
+@pytest.mark.parametrize("variant", ["qwen2, tied", "llama"])
+def test_what_ranks_export_is_a_folder_that_transformers_loads(
+    variant: str, ranks: Ranks, decoder_folder: Callable[[str], Path], tmp_path: Path
+) -> None:
+    ranks.run(
+        "tests.megatron.checks:exported_folder",
+        world_size=4,
+        folder=str(decoder_folder(variant)),
+        topology=Topology(world_size=4, tensor_parallel=2, pipeline_parallel=2),
+        to=str(tmp_path),
+        max_file_bytes=40_000,
+    )
+    assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    theirs = AutoModelForCausalLM.from_pretrained(decoder_folder(variant), dtype=torch.bfloat16)
+    assert ours.dtype == torch.bfloat16
+    found, expected = ours.state_dict(), theirs.state_dict()
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []

@@ -6,8 +6,7 @@ on plain torch, and by the same trainers with Megatron's passes and steps in pla
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,83 +15,20 @@ from safetensors.torch import load_file, save_file
 from rlhf_flows.data.batch import Batch, batch_size, select
 from rlhf_flows.errors import NonFiniteError
 from rlhf_flows.models.dpo_trainer import DPOTrainer
-from rlhf_flows.models.megatron_passes import MegatronPasses
-from rlhf_flows.models.megatron_training import MegatronTraining
+from rlhf_flows.models.logprob_head import ScoredTokens
+from rlhf_flows.models.megatron.passes import MegatronPasses
+from rlhf_flows.models.megatron.rows import all_logprobs
+from rlhf_flows.models.megatron.scalar import with_ends
+from rlhf_flows.models.megatron.training import MegatronTraining
 from rlhf_flows.models.pairs import as_samples
-from rlhf_flows.models.policy_trainer import PolicyTrainer
+from rlhf_flows.models.reward_trainer import RewardTrainer
+from rlhf_flows.models.scalar_module import ScalarModule
 from rlhf_flows.models.sft_trainer import SFTTrainer
+from rlhf_flows.models.value_scale import take_off
 from rlhf_flows.modules.base import ModuleContext
-from rlhf_flows.modules.megatron_topology import Topology
-from rlhf_flows.settings import GRPOSettings, OptimizerSettings
+from rlhf_flows.modules.megatron.topology import Topology
 from tests.megatron.checks import loaded
-
-NUM_STEPS = 3
-SETTINGS = OptimizerSettings(
-    learning_rate=1e-3,
-    weight_decay=0.1,
-    # AdamW divides small gradients by their size: with its usual 1e-8 those that are nearly zero
-    # move weights by what their rounding says.
-    eps=1e-6,
-    max_grad_norm=0.3,
-    schedule="cosine",
-    warmup_steps=1,
-    total_steps=4,
-)
-
-
-def global_batch(step: int, trainer: SFTTrainer) -> Batch:
-    g = torch.Generator().manual_seed(100 + step)
-    lengths = [(3, 9), (1, 2), (20, 1), (7, 16), (2, 5), (11, 3), (4, 25)]
-    batch: Batch = {
-        "prompt_ids": [torch.randint(200, (p,), generator=g) for p, _ in lengths],
-        "response_ids": [torch.randint(200, (r,), generator=g) for _, r in lengths],
-    }
-    batch["prompt_ids"][0][1] = 0  # the padding token, whose embedding learns from the head alone
-    return trainer.prepare_batch(batch)
-
-
-def group_batch(step: int, trainer: PolicyTrainer) -> Batch:
-    """Three groups of siblings, with rewards and logprobs of a reference."""
-    g = torch.Generator().manual_seed(200 + step)
-    batch: Batch = {"prompt_ids": [], "response_ids": []}
-    for prompt_length, responses in ((6, (3, 14, 8)), (2, (1, 9)), (15, (4, 4))):
-        prompt = torch.randint(200, (prompt_length,), generator=g)
-        batch["prompt_ids"] += [prompt] * len(responses)
-        batch["response_ids"] += [torch.randint(200, (r,), generator=g) for r in responses]
-    batch["group"] = torch.tensor([0, 0, 0, 1, 1, 2, 2])
-    batch["reward"] = torch.rand(7, generator=g)
-    batch["reference_logprobs"] = [
-        torch.rand(len(r), generator=g) - 6.0 for r in batch["response_ids"]
-    ]
-    return trainer.prepare_batch(batch)
-
-
-def pair_batch(step: int, trainer: DPOTrainer) -> Batch:
-    g = torch.Generator().manual_seed(300 + step)
-
-    def texts(*lengths: int) -> list[torch.Tensor]:
-        return [torch.randint(200, (length,), generator=g) for length in lengths]
-
-    return trainer.prepare_batch(
-        {
-            "prompt_ids": texts(3, 9, 1, 12, 5, 2, 7),
-            "chosen_ids": texts(4, 12, 6, 2, 9, 20, 3),
-            "rejected_ids": texts(8, 3, 5, 11, 1, 2, 6),
-            "reference_chosen_logprob": -50 * torch.rand(7, generator=g),
-            "reference_rejected_logprob": -50 * torch.rand(7, generator=g),
-        }
-    )
-
-
-def made(algorithm: str, folder: str) -> tuple[Any, Callable[[int, Any], Batch]]:
-    """A trainer on padded rows, and what makes its batches, of seven rows each."""
-    common: dict[str, Any] = {"path": folder, "optimizer": SETTINGS, "layout": "padded"}
-    if algorithm == "grpo":
-        settings = GRPOSettings(kl_coef=0.1, exact_entropy=True, temperature=0.9)
-        return PolicyTrainer("trainer", grpo=settings, **common), group_batch
-    if algorithm == "dpo":
-        return DPOTrainer("trainer", **common), pair_batch
-    return SFTTrainer("trainer", **common), global_batch
+from tests.megatron.training_streams import NUM_STEPS, SETTINGS, global_batch, made
 
 
 def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
@@ -104,13 +40,67 @@ def cut(batch: Batch, sizes: Sequence[int]) -> list[Batch]:
     return parts
 
 
+class OnMegatron:
+    """Beside a trainer of this package: its passes and steps are Megatron's."""
+
+    training: MegatronTraining
+    samples_of: Callable[[Batch], Batch]
+    micro_batch_tokens: int
+    shares_prompts = False
+
+    @property
+    def data_parallel_rank(self) -> int:
+        from megatron.core import parallel_state
+
+        return int(parallel_state.get_data_parallel_rank())
+
+    @property
+    def data_parallel_size(self) -> int:
+        from megatron.core import parallel_state
+
+        return int(parallel_state.get_data_parallel_world_size())
+
+    def logprobs_of(self, data: Batch, **kwargs: Any) -> ScoredTokens:
+        return self.training.logprobs_of(data, **kwargs)
+
+    def scores_of(self, data: Batch) -> torch.Tensor:
+        return self.training.scores_of(data)
+
+    def last_scores_of(self, data: Batch) -> torch.Tensor:
+        return self.training.last_scores_of(data)
+
+    def all_logprobs(self, data: Batch, *, temperature: float) -> list[torch.Tensor]:
+        passes, tokens = self.training.passes, self.micro_batch_tokens
+        return all_logprobs(passes, data, temperature=temperature, micro_batch_tokens=tokens)
+
+    def backward_all(self, data: Sequence[Batch], loss_of: Any) -> list[Any]:
+        return self.training.backward_all(data, loss_of, samples_of=self.samples_of)
+
+    def optimizer_step(self, sums: torch.Tensor) -> Any:
+        return self.training.optimizer_step(sums)
+
+
 def led_by(trainer: Any, training: MegatronTraining) -> Any:
-    """A trainer of this package whose passes and steps are Megatron's."""
-    for method in ("logprobs_of", "backward_all", "optimizer_step"):
-        trainer.__dict__[method] = getattr(training, method)
+    """A trainer of this package on Megatron; as many ranks as there are share its batches."""
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    trainer.attach(ModuleContext(rank=rank, world_size=size))
+    trainer.__class__ = type("Led", (OnMegatron, type(trainer)), {})
+    trainer.training, trainer.samples_of = training, lambda data: data
     if isinstance(trainer, DPOTrainer):
-        trainer.__dict__["backward_all"] = partial(training.backward_all, samples_of=as_samples)
+        trainer.samples_of = as_samples
+    if isinstance(trainer, RewardTrainer):
+        trainer.samples_of = lambda data: with_ends(as_samples(data))
     return trainer
+
+
+def batches(trainer: Any, batch_of: Callable[[int, Any], Batch]) -> Iterator[Batch]:
+    """Of an episode of several updates: with old logprobs, where the trainer wants these."""
+    if trainer.wants_episode(NUM_STEPS):
+        prepared = [batch_of(step, trainer) for step in range(NUM_STEPS)]
+        yield from trainer.before_updates(prepared)
+    else:
+        for step in range(NUM_STEPS):
+            yield batch_of(step, trainer)
 
 
 def plain_training(algorithm: str, folder: str, weights_file: str) -> list[dict[str, float]]:
@@ -118,46 +108,56 @@ def plain_training(algorithm: str, folder: str, weights_file: str) -> list[dict[
     trainer.attach(ModuleContext())
     trainer.setup()
     log = []
-    for step in range(NUM_STEPS):
-        metrics = trainer.train_step(cut(batch_of(step, trainer), [3, 4]), step)
-        log.append(dict(metrics))
-    save_file({n: w.contiguous() for n, w in trainer.named_weights()}, weights_file)
+    for step, batch in enumerate(batches(trainer, batch_of)):
+        log.append(dict(trainer.train_step(cut(batch, [3, 4]), step)))
+    save_file({n: w.contiguous() for n, w in of_the_model(trainer.named_weights())}, weights_file)
     return log
 
 
 def megatron_training(
     folder: str,
     topology: Topology,
-    sizes: Sequence[int],
     weights_file: str,
+    sizes: Sequence[int] | None = None,
     algorithm: str = "sft",
     distributed_optimizer: bool = False,
+    micro_batch_tokens: int = 4096,
     **load: Any,
 ) -> dict[str, Any]:
-    """The log of each step, and how far the weights are from those of the file in the end."""
-    from megatron.core import parallel_state
+    """The log of each step, and how far the weights are from those of the file in the end.
 
+    Rows are cut by `sizes` and dealt in turn; without, as the trainer itself cuts and deals them.
+    """
+    trainer, batch_of = made(algorithm, folder)
+    if isinstance(trainer, ScalarModule):
+        load["head_init"] = trainer.head_init
     with loaded(folder, topology, **load) as model:
         start = {n: w.clone() for n, w in model.named_weights()}
         training = MegatronTraining(model, SETTINGS, distributed_optimizer=distributed_optimizer)
-        trainer, batch_of = made(algorithm, folder)
         trainer = led_by(trainer, training)
-        rank, size = (
-            parallel_state.get_data_parallel_rank(),
-            parallel_state.get_data_parallel_world_size(),
-        )
-        log = []
-        for step in range(NUM_STEPS):
-            mine = cut(batch_of(step, trainer), sizes)[rank::size]
+        trainer.micro_batch_tokens = micro_batch_tokens
+        rank, size = trainer.data_parallel_rank, trainer.data_parallel_size
+        log, rows = [], []
+        for step, batch in enumerate(batches(trainer, batch_of)):
+            mine = trainer.micro_batches(batch) if sizes is None else cut(batch, sizes)[rank::size]
+            rows.append([batch_size(part) for part in mine])
             log.append(dict(trainer.train_step(mine, step)))
         found = {n: w.float() for n, w in model.named_weights()}
     expected = load_file(weights_file)
     assert found.keys() == expected.keys()
     return {
         "log": log,
+        "rows": rows,
         "weights": max(float((found[n] - expected[n]).abs().max()) for n in expected),
         "moved": min(float((expected[n] - start[n].float()).abs().max()) for n in expected),
     }
+
+
+def of_the_model(
+    weights: Iterable[tuple[str, torch.Tensor]],
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Without the statistics that travel with those of a value model."""
+    return take_off(weights, {})
 
 
 def megatron_logprobs(folder: str, topology: Topology, sizes: Sequence[int]) -> dict[str, Any]:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from rlhf_flows.models.adamw import learning_rate_at, make_adamw
+from rlhf_flows.models import adamw
+from rlhf_flows.models.adamw import learning_rate_at, make_adamw, make_masters, step_masters
 from rlhf_flows.settings import GRPOSettings, OptimizerSettings
 
 
@@ -38,6 +39,26 @@ def test_one_step_is_adamw_by_hand() -> None:
     # The first step of Adam is the sign of the gradient; only matrices decay.
     assert model.weight.item() == pytest.approx(2.0 * (1 - 0.1 * 0.5) - 0.1)
     assert model.bias.item() == pytest.approx(3.0 + 0.1)
+
+
+def test_masters_that_are_stepped_some_at_a_time_take_the_same_steps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = []
+    for elements in (2**28, 40, 1):
+        monkeypatch.setattr(adamw, "_SLICE_ELEMENTS", elements)
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(5, 5) for _ in range(4))).bfloat16()
+        masters = make_masters(model)
+        optimizer = make_adamw(model, OptimizerSettings(learning_rate=0.1), masters)
+        for _ in range(3):
+            model(torch.ones(2, 5, dtype=torch.bfloat16)).square().sum().backward()
+            step_masters(model, optimizer, masters)
+            assert all(p.grad is None for p in [*model.parameters(), *masters.values()])
+        assert {int(state["step"]) for state in optimizer.state.values()} == {3}
+        found.append({**masters, **dict(model.named_parameters(prefix="rounded"))})
+    for other in found[1:]:
+        assert all(torch.equal(found[0][name], other[name]) for name in found[0])
 
 
 @pytest.mark.parametrize(

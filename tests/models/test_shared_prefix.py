@@ -24,11 +24,13 @@ from transformers import (
 )
 
 from rlhf_flows.errors import ConfigError, DataError
-from rlhf_flows.models import cpu_attention
+from rlhf_flows.models import cpu_attention, shared_prefix
+from rlhf_flows.models import response_logprobs as response_logprobs_module
 from rlhf_flows.models.families import known_families, registered_families
 from rlhf_flows.models.fused_layers import fuse_layers
 from rlhf_flows.models.response_logprobs import Layout, response_logprobs, window_of
 from rlhf_flows.models.shared_prefix import ATTENTION
+from tests.modules.plain_attention import PlainKernel
 
 V = 61
 SHAPE = {
@@ -114,13 +116,16 @@ def test_every_family_is_tested_here() -> None:
 
 @pytest.mark.parametrize("architecture", sorted(MODELS))
 @pytest.mark.parametrize("samples", [ragged_samples, even_samples])
-@pytest.mark.parametrize("way", ["products", "fused", "padded", "fused layers"])
+@pytest.mark.parametrize("way", ["products", "fused", "padded", "packed", "fused layers"])
 def test_logprobs_and_gradients_are_those_of_one_sequence_at_a_time(
     monkeypatch: pytest.MonkeyPatch, architecture: str, samples, way: str
 ) -> None:
     layout: Layout = "padded" if way == "padded" else "shared_prefix"
     if way == "fused":
         monkeypatch.setattr(cpu_attention, "MAX_SCORES", 0)
+    if way == "packed":  # as on CUDA, by a kernel in plain torch
+        for user in (shared_prefix, response_logprobs_module):
+            monkeypatch.setattr(user, "flash_kernel", lambda *_: PlainKernel())
     model = make(architecture)
     prompts, responses, groups = samples()
     expected = one_by_one(model, prompts, responses, 0.7)

@@ -181,6 +181,7 @@ torch.distributed.destroy_process_group()
 """
 
 
+@pytest.mark.slow
 def test_two_ranks_learn_what_one_learns(tiny: Path, tmp_path: Path) -> None:
     ppo = PPOSettings(**settings("exp", adaptive_kl=True))
     alone = ValueTrainer(path=tiny, ppo=ppo, optimizer=OptimizerSettings(learning_rate=1e-3))

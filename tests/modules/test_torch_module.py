@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from rlhf_flows.errors import ConfigError, NonFiniteError, SyncError
-from rlhf_flows.modules.torch_module import TorchModule
+from rlhf_flows.modules.torch_module import TorchModule, kind_of
 
 
 class Net(nn.Module):
@@ -75,6 +75,46 @@ def test_weights_loaded_are_the_weights_given() -> None:
     for name, tensor in module.named_weights():
         assert torch.equal(tensor, given[name])
     assert torch.equal(module.model.second.weight, given["first.weight"])
+
+
+def received(module: TorchModule, given: dict[str, Tensor]) -> None:
+    """One at a time, each in memory that is gone after it."""
+    kinds = [kind_of(name, tensor) for name, tensor in given.items()]
+    with module.receiving_weights(kinds) as take:
+        for name, tensor in given.items():
+            lent = tensor.clone()
+            take([(name, lent)])
+            lent.zero_()
+
+
+def test_weights_that_come_one_by_one_are_the_weights_given() -> None:
+    module = made()
+    given = {name: torch.randn_like(tensor) for name, tensor in module.named_weights()}
+    received(module, given)
+    for name, tensor in module.named_weights():
+        assert torch.equal(tensor, given[name])
+
+
+def test_weights_that_are_to_come_are_checked_before_the_first_does() -> None:
+    module = made()
+    before = copies(module)
+    with pytest.raises(SyncError, match="scale is missing"):
+        received(module, {n: t + 1 for n, t in before.items() if n != "scale"})
+    for name, tensor in module.named_weights():
+        assert torch.equal(tensor, before[name])
+
+
+def test_a_load_of_ones_own_gets_all_weights_at_once() -> None:
+    class Doubling(Regression):
+        def load_weights(self, weights: Any) -> None:
+            super().load_weights([(name, 2 * tensor) for name, tensor in weights])
+
+    module = Doubling()
+    module.setup()
+    given = {name: torch.randn_like(tensor) for name, tensor in module.named_weights()}
+    received(module, given)
+    for name, tensor in module.named_weights():
+        assert torch.equal(tensor, 2 * given[name])
 
 
 def test_weights_that_do_not_fit_are_all_named_and_change_nothing() -> None:

@@ -12,7 +12,7 @@ import torch
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.decoder_shape import Activation, DecoderShape
-from rlhf_flows.modules.megatron_conversion import MegatronConversion
+from rlhf_flows.modules.megatron.conversion import MegatronConversion
 
 __all__ = ["gemma_shape", "llama_shape", "megatron_conversion", "qwen2_shape", "qwen3_shape"]
 

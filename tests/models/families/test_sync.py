@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from rlhf_flows.errors import ConfigError, SyncError
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models import SFTTrainer, TorchPolicy, VLLMPolicy
 from rlhf_flows.modules.conversion import Conversion
+from rlhf_flows.modules.torch_module import kind_of
 from tests.models.families.tiny_families import GPT2_SIZES, VARIANTS, build
 from tests.models.remote_policy import RemotePolicy
 
@@ -24,7 +26,7 @@ PROMPTS = [torch.randint(3, 250, (n,), generator=G).tolist() for n in (40, 5, 23
 QUICK = ("gpt2", "mixtral, window, tied", "mistral, window")
 NOT_BY_VLLM = ("qwen2, windows in some layers",)
 BY_VLLM = [
-    v if v in QUICK else pytest.param(v, marks=pytest.mark.slow)
+    v if v in QUICK else pytest.param(v, marks=pytest.mark.long)
     for v in VARIANTS
     if v not in NOT_BY_VLLM
 ]
@@ -96,13 +98,42 @@ def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RemotePolicy]:
     process.close()
 
 
+class InParts:
+    """Gives a policy its weights three at a time, in memory that is gone after each call."""
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        given = list(weights)
+        with self.receiving_weights([kind_of(n, t) for n, t in given]) as take:  # type: ignore[attr-defined]
+            for start in range(0, len(given), 3):
+                lent = [(name, tensor.clone()) for name, tensor in given[start : start + 3]]
+                take(lent)
+                for _, tensor in lent:
+                    tensor.fill_(torch.nan)
+
+
+class PartsVLLMPolicy(InParts, VLLMPolicy):
+    receiving_weights = VLLMPolicy._reloading  # its `load_weights` is the other way round
+
+
+class PartsTorchPolicy(InParts, TorchPolicy):
+    receiving_weights = TorchPolicy._filling
+
+
 @pytest.mark.parametrize("name", BY_VLLM)
 def test_weights_reach_vllm(
     name: str, remote: RemotePolicy, folder_of: Callable[[str], Path], tmp_path: Path
 ) -> None:
     folder = folder_of(name)
+    remote.start(PartsVLLMPolicy, path=folder, dtype="float32", generation=GREEDY)
+    check(remote, folder, tmp_path)
     remote.start(VLLMPolicy, path=folder, dtype="float32", generation=GREEDY)
     check(remote, folder, tmp_path)
+
+
+def test_weights_reach_the_sampler_of_transformers_in_parts(variant: Path, tmp_path: Path) -> None:
+    policy = PartsTorchPolicy(path=variant, dtype="float32", generation=GREEDY)
+    policy.setup()
+    check(policy, variant, tmp_path)
 
 
 def test_what_vllm_does_not_run_is_refused_with_the_way_out(

@@ -13,15 +13,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]  # of C
 
 from rlhf_flows.errors import ConfigError, WaitTimeoutError
 from rlhf_flows.modules.decoder_shape import DecoderShape
 
-__all__ = ["Topology", "join_ranks", "model_parallel_groups"]
+__all__ = ["Topology", "model_parallel_groups"]
 
 VOCABULARY_MULTIPLE = 64
 """Rows of the vocabulary on each tensor parallel rank: what matrix units like."""
@@ -95,36 +93,6 @@ class Topology:
                 f"this model cannot be cut: {'; '.join(problems)} leaves a rest. Choose numbers"
                 " that divide"
             )
-
-
-def join_ranks(
-    store: Store, *, rank: int, world_size: int, timeout_s: float, device: str = "cpu"
-) -> None:
-    """Collective: every rank. Makes the process group that `model_parallel_groups` divides.
-
-    `store` is one that all ranks reach, such as a `TCPStore`; `timeout_s` is also how long any
-    later collective of these ranks waits.
-
-    Raises WaitTimeoutError that names the ranks that did not come.
-    """
-    names = [f"arrived/{r}" for r in range(world_size)]
-    store.set(names[rank], "1")
-    try:
-        store.wait(names, timedelta(seconds=timeout_s))
-    except RuntimeError as cause:  # torch.distributed.DistStoreError is one
-        missing = [str(r) for r, name in enumerate(names) if not store.check([name])]
-        raise WaitTimeoutError(
-            f"rank {rank} of {world_size} waited {timeout_s:g} s for rank"
-            f" {', '.join(missing) or '(none: they came at the last moment)'}: see what these"
-            " processes say, or allow a longer timeout"
-        ) from cause
-    torch.distributed.init_process_group(
-        "nccl" if torch.device(device).type == "cuda" else "gloo",
-        store=PrefixStore("ranks", store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timedelta(seconds=timeout_s),
-    )
 
 
 @contextmanager

@@ -25,6 +25,8 @@ __all__ = ["MegatronConversion", "Part", "ShardedConversion"]
 
 EMBEDDING = "embedding.word_embeddings.weight"
 HEAD = "output_layer.weight"
+SCORE = "score.weight"
+"""Of a scalar head, [1, D]; its checkpoint's name as well."""
 
 
 class Part(NamedTuple):
@@ -70,6 +72,8 @@ class MegatronConversion:
             return [Part("model.embed_tokens.weight", 0)]
         if name == HEAD:
             return [Part("lm_head.weight", 0)]
+        if name == SCORE:
+            return [Part(SCORE, None)]
         if name == "decoder.final_layernorm.weight":
             return [Part("model.norm.weight", None)]
         _, _, layer, rest = name.split(".", 3)

@@ -28,9 +28,9 @@ from rlhf_flows.data.batch import Batch
 from rlhf_flows.errors import NonFiniteError
 from rlhf_flows.models.adamw import Schedule
 from rlhf_flows.models.logprob_head import ScoredTokens
-from rlhf_flows.models.megatron_causal_lm import MegatronCausalLM
-from rlhf_flows.models.megatron_passes import LossOf, MegatronPasses, Result
-from rlhf_flows.modules.megatron_cpu import calling_megatron
+from rlhf_flows.models.megatron.causal_lm import MegatronCausalLM
+from rlhf_flows.models.megatron.passes import LossOf, MegatronPasses, Result
+from rlhf_flows.modules.megatron.cpu import calling_megatron
 from rlhf_flows.settings import OptimizerSettings
 
 __all__ = ["MegatronTraining"]
@@ -69,6 +69,8 @@ class MegatronTraining:
         for group in self.optimizer.param_groups:
             # Only Megatron's own schedule would apply the factor, and it is not used here.
             group["weight_decay"] = self.settings.weight_decay * group["wd_mult"]
+            # torch's AdamW otherwise makes copies of all moments on CUDA.
+            group["fused"], group["foreach"] = True, False
         self.lr_scheduler = Schedule(self.optimizer, self.settings)
         self.passes = MegatronPasses(model, self.chunks)
 
@@ -77,6 +79,16 @@ class MegatronTraining:
     ) -> ScoredTokens:  # [T]
         """As `MegatronPasses.logprobs_of`: for a loss, while it is computed."""
         return self.passes.logprobs_of(data, temperature=temperature, entropy=entropy)
+
+    def scores_of(self, data: Batch) -> Tensor:  # [T]
+        """As `MegatronPasses.scores_of`: for a loss, while it is computed."""
+        return self.passes.scores_of(data)
+
+    def last_scores_of(self, data: Batch) -> Tensor:  # [B]
+        """As `MegatronPasses.last_scores_of`: for a loss, while it is computed. Of micro-batches
+        that `backward_all` was given with `samples_of` that ends in `with_ends`.
+        """
+        return self.passes.last_scores_of(data)
 
     def backward_all(
         self,

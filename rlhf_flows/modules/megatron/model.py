@@ -1,7 +1,7 @@
 """A decoder as Megatron's GPTModel, cut by a topology: this rank's runs of layers.
 
 The decision here: the model ends with its last hidden states. What is scored from them, and at
-which tokens, is the affair of `rlhf_flows.models.megatron_logprobs`: logits of all tokens, most of
+which tokens, is the affair of `rlhf_flows.models.megatron.logprobs`: logits of all tokens, most of
 them prompt, are never made.
 
 Letters: T packed tokens, D width.
@@ -17,11 +17,11 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    model_parallel_cuda_manual_seed,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer.transformer_block import (
@@ -33,9 +33,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rlhf_flows.modules.decoder_shape import DecoderShape
-from rlhf_flows.modules.megatron_cpu import calling_megatron
-from rlhf_flows.modules.megatron_layers import PackedAttention, RMSNorm
-from rlhf_flows.modules.megatron_topology import Topology
+from rlhf_flows.modules.megatron.cpu import calling_megatron
+from rlhf_flows.modules.megatron.layers import GatedMLP, PackedAttention, PackedTexts, RMSNorm
+from rlhf_flows.modules.megatron.topology import Topology
 
 __all__ = ["Decoder", "build_decoder", "hidden_states", "packed_texts", "transformer_config"]
 
@@ -56,6 +56,17 @@ class Decoder(GPTModel):  # type: ignore[misc]  # has no types
             weight = self.output_layer.weight
         return weight
 
+    def end_in_a_score(self) -> None:
+        """Puts a scalar head in the place of the vocabulary's, which was not filled yet.
+
+        All tensor parallel ranks have all of it, and no mark of a share: its gradient is whole on
+        each of them, and counts once for the norm.
+        """
+        del self.output_layer
+        self.score = nn.Linear(
+            self.config.hidden_size, 1, bias=False, dtype=self.config.params_dtype
+        ).to(next(self.parameters()).device)
+
 
 def build_decoder(
     shape: DecoderShape,
@@ -67,7 +78,7 @@ def build_decoder(
 ) -> list[Decoder]:
     """This rank's runs of layers, in order; its groups were made (`model_parallel_groups`).
 
-    Weights are whatever the memory held: load them (`megatron_weights.py`). With `recompute` the
+    Weights are whatever the memory held: load them (`weights.py`). With `recompute` the
     activations of a layer are computed again in the backward pass.
 
     Raises ConfigError where the topology does not divide the shape.
@@ -76,6 +87,12 @@ def build_decoder(
     config = transformer_config(shape, topology, dtype=dtype, device=device, recompute=recompute)
     runs = topology.virtual_pipeline
     stages = range(runs) if runs > 1 else [None]
+    if torch.device(device).type == "cuda":
+        # Megatron makes its weights on the current device, and names states of its generators that
+        # sequence parallel layers and recomputation look up, though nothing here draws from them.
+        if torch.device(device).index is not None:
+            torch.cuda.set_device(device)
+        model_parallel_cuda_manual_seed(0)
     with calling_megatron(device):
         return [_run_of_layers(shape, topology, config, stage) for stage in stages]
 
@@ -88,7 +105,10 @@ def _run_of_layers(
     layer = get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=shape.qk_norm)
     layer.submodules.input_layernorm = layer.submodules.pre_mlp_layernorm = RMSNorm
     attention = layer.submodules.self_attention.submodules
-    attention.core_attention = partial(PackedAttention, windows=shape.windows)
+    attention.core_attention = partial(
+        PackedAttention, windows=shape.windows, frequencies=shape.rotary_frequencies
+    )
+    layer.submodules.mlp = GatedMLP
     if shape.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     decoder = Decoder(
@@ -102,11 +122,11 @@ def _run_of_layers(
         pre_process=first,
         post_process=last,
         share_embeddings_and_output_weights=shape.tied,
-        position_embedding_type="rope",
+        position_embedding_type="none",  # `PackedAttention` rotates
         vp_stage=vp_stage,
     )
-    frequencies = decoder.rotary_pos_emb.inv_freq
-    decoder.rotary_pos_emb.inv_freq = frequencies.new_tensor(shape.rotary_frequencies)
+    if last and shape.scalar_head:
+        decoder.end_in_a_score()
     _mark_shares(decoder)
     if first:
         decoder.embedding.register_forward_hook(partial(_embedded, shape=shape), with_kwargs=True)
@@ -218,17 +238,8 @@ def packed_texts(
     """
     assert min(lengths) > 0
     padding = -sum(lengths) % multiple
-    whole = [*lengths, padding] if padding else list(lengths)
-    ends = torch.tensor([0, *whole]).cumsum(0).to(torch.int32).to(device)
-    longest = max(whole)
-    packed = PackedSeqParams(
-        qkv_format="thd",
-        cu_seqlens_q=ends,
-        cu_seqlens_kv=ends,
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
-    )
-    return packed, sum(whole)
+    whole = (*lengths, padding) if padding else tuple(lengths)
+    return PackedTexts.of(whole, device=device), sum(whole)
 
 
 def hidden_states(decoder: Any, tokens: Tensor, packed: Any) -> Tensor:  # [1, T]

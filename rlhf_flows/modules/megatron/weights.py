@@ -7,7 +7,7 @@ on all ranks, so that the most beside the model is one parameter, whole.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -19,9 +19,22 @@ from torch import Tensor
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.decoder_shape import DecoderShape
 from rlhf_flows.modules.hf_folder import HFFolder
-from rlhf_flows.modules.megatron_conversion import EMBEDDING, HEAD, Part, ShardedConversion
+from rlhf_flows.modules.megatron.conversion import (
+    EMBEDDING,
+    HEAD,
+    SCORE,
+    Part,
+    ShardedConversion,
+)
 
-__all__ = ["exported_weights", "global_parameters", "load_folder", "parameter_order"]
+__all__ = [
+    "exported_weights",
+    "global_parameters",
+    "load_folder",
+    "parameter_order",
+    "share_of",
+    "whole_shapes",
+]
 
 _VOCABULARY = (EMBEDDING, HEAD)
 
@@ -41,8 +54,16 @@ def global_parameters(decoders: Sequence[Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load_folder(decoders: Sequence[Any], folder: HFFolder, conversion: ShardedConversion) -> None:
+def load_folder(
+    decoders: Sequence[Any],
+    folder: HFFolder,
+    conversion: ShardedConversion,
+    *,
+    make_head: Callable[[Tensor], None] | None = None,
+) -> None:
     """This rank's share of the folder's weights becomes its parameters, in their dtype.
+
+    `make_head` fills a scalar head [1, D] where the folder has none.
 
     Raises ConfigError, naming the weight, where the folder lacks one or has it in another shape.
     """
@@ -54,6 +75,9 @@ def load_folder(decoders: Sequence[Any], folder: HFFolder, conversion: ShardedCo
             for file in set(folder.weight_files.values())
         }
         for name, parameter in global_parameters(decoders).items():
+            if name == SCORE and SCORE not in folder.weight_files and make_head is not None:
+                make_head(parameter)
+                continue
             pieces = []
             for part in conversion.parts(name):
                 if part.name not in folder.weight_files:
@@ -62,8 +86,8 @@ def load_folder(decoders: Sequence[Any], folder: HFFolder, conversion: ShardedCo
                         " configuration asks for: save the model again"
                     )
                 whole = files[folder.weight_files[part.name]].get_slice(part.name)
-                rows = len(parameter) if name in _VOCABULARY else None
-                pieces.append(_share(whole, part, rank=rank, size=size, rows=rows))
+                rows = len(parameter)
+                pieces.append(share_of(whole, part, name, rank=rank, size=size, rows=rows))
             merged = conversion.merge(name, pieces)
             if merged.shape != parameter.shape:
                 raise ConfigError(
@@ -74,16 +98,19 @@ def load_folder(decoders: Sequence[Any], folder: HFFolder, conversion: ShardedCo
             parameter.copy_(merged)
 
 
-def _share(whole: Any, part: Part, *, rank: int, size: int, rows: int | None) -> Tensor:
-    """A rank's slice; `rows` are those of a padded vocabulary, whose padding is zero."""
+def share_of(whole: Any, part: Part, name: str, *, rank: int, size: int, rows: int) -> Tensor:
+    """A rank's slice of a part of the parameter `name`, whose first axis has `rows` there: those of
+    a vocabulary are padded by zeros. `whole` is a tensor, or a slice of a file.
+    """
     if part.axis is None:
         everything: Tensor = whole[:]
         return everything
-    found = whole.get_shape()[part.axis]
-    each = rows if rows is not None else found // size
+    is_padded = name in _VOCABULARY
+    found = (whole.shape if isinstance(whole, Tensor) else whole.get_shape())[part.axis]
+    each = rows if is_padded else found // size
     start, stop = min(rank * each, found), min((rank + 1) * each, found)
     piece: Tensor = whole[start:stop] if part.axis == 0 else whole[:, start:stop]
-    if rows is None or len(piece) == rows:
+    if not is_padded or len(piece) == rows:
         return piece
     return torch.cat([piece, piece.new_zeros(rows - len(piece), *piece.shape[1:])])
 
@@ -101,19 +128,26 @@ def parameter_order(shape: DecoderShape, names: Sequence[str]) -> list[str]:
         return int(layer) if name.startswith("decoder.layers.") else shape.num_layers
 
     untied = [name for name in names if not (shape.tied and name == HEAD)]
-    return sorted(untied, key=lambda name: (place(name), name == HEAD))
+    return sorted(untied, key=lambda name: (place(name), name in (HEAD, SCORE)))
 
 
 @torch.no_grad()
 def exported_weights(
-    decoders: Sequence[Any], shape: DecoderShape, conversion: ShardedConversion
+    decoders: Sequence[Any],
+    shape: DecoderShape,
+    conversion: ShardedConversion,
+    *,
+    masters: Callable[[str, Tensor], Tensor] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Collective: every rank, same order, to the end. All weights, whole, under their names in the
     checkpoint, on every rank; each tensor is the receiver's own.
+
+    `masters` gives what is exported in place of a parameter, in float32: called by all ranks that
+    have the parameter.
     """
     own = global_parameters(decoders)
     mine = {
-        name: [(part, _whole_shape(name, p, shape, conversion)[part.name]) for part in parts]
+        name: [(part, whole_shapes(name, p, shape, conversion)[part.name]) for part in parts]
         for name, p in own.items()
         for parts in [conversion.parts(name)]
     }
@@ -127,22 +161,28 @@ def exported_weights(
             assert name not in owners
             owners[name] = stage
     device, dtype = next((p.device, p.dtype) for p in own.values())
+    if masters is not None:
+        dtype = torch.float32
     for name in parameter_order(shape, list(owners)):
-        whole = _gathered(name, own[name], shape, conversion) if name in own else {}
+        whole = {}
+        if name in own:
+            held = own[name] if masters is None else masters(name, own[name])
+            whole = _gathered(name, held, shape, conversion)
         for part, size in plans[owners[name]][name]:
             if stages.size() > 1:
-                held = whole.get(part.name)
-                if held is None:
-                    held = torch.empty(size, device=device, dtype=dtype)
-                torch.distributed.broadcast(held, ranks[owners[name]], group=stages)
-                yield part.name, held
+                tensor = whole.get(part.name)
+                if tensor is None:
+                    tensor = torch.empty(size, device=device, dtype=dtype)
+                torch.distributed.broadcast(tensor, ranks[owners[name]], group=stages)
+                yield part.name, tensor
             else:
                 yield part.name, whole[part.name]
 
 
-def _whole_shape(
+def whole_shapes(
     name: str, parameter: Tensor, shape: DecoderShape, conversion: ShardedConversion
 ) -> dict[str, tuple[int, ...]]:
+    """Of each part of a parameter, by its name in the checkpoint."""
     size = parallel_state.get_tensor_model_parallel_world_size()
     shapes: dict[str, tuple[int, ...]] = {}
     for part, (_, piece) in zip(

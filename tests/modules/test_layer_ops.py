@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_flows.models import fused_layers
-from rlhf_flows.models.fused_layers import rms_norm, rotate, swiglu
+from rlhf_flows.modules import layer_ops
+from rlhf_flows.modules.layer_ops import Activation, gated, rms_norm, rotate, swiglu
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -22,9 +22,12 @@ def agree(got: Tensor, expected: Tensor, *inputs: Tensor, tolerance: float = 1e-
         torch.testing.assert_close(a, b, atol=10 * tolerance, rtol=10 * tolerance)
 
 
-@pytest.fixture(params=[7, 2**18])
+@pytest.fixture(params=[7, 2**18, "as on CUDA"])
 def chunk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fused_layers, "_CHUNK_ELEMENTS", request.param)
+    if request.param == "as on CUDA":
+        monkeypatch.setattr(layer_ops, "_at_once", lambda x: True)
+    else:
+        monkeypatch.setattr(layer_ops, "_CHUNK_ELEMENTS", request.param)
 
 
 @pytest.mark.usefixtures("chunk")
@@ -71,9 +74,21 @@ def test_swiglu_in_blocks_of_rows_sums_the_gradients_of_weights_in_float32(
     weights = [random(*s, seed=1, dtype=bfloat16) for s in ((24, 16), (24, 16), (16, 24))]
     found = []
     for elements in (2**30, 24 * 300):
-        monkeypatch.setattr(fused_layers, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(layer_ops, "_CHUNK_ELEMENTS", elements)
         loss = swiglu(x, *weights).float().square().sum()
         found.append(torch.autograd.grad(loss, weights))
     for whole, blocks in zip(*found, strict=True):
         scale = float(whole.float().abs().max())
         torch.testing.assert_close(whole, blocks, atol=2**-7 * scale, rtol=0)
+
+
+@pytest.mark.usefixtures("chunk")
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_what_is_gated_is_the_second_half(activation: Activation) -> None:
+    x = random(1300, 2, 10, seed=0)
+    gate, up = x.chunk(2, dim=-1)
+    functional = torch.nn.functional
+    gate = (
+        functional.silu(gate) if activation == "silu" else functional.gelu(gate, approximate="tanh")
+    )
+    agree(gated(x, activation), gate * up, x)

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from rlhf_flows.data.batch import Batch
 from rlhf_flows.models.logprob_head import ScoredTokens
-from rlhf_flows.models.megatron_causal_lm import MegatronCausalLM
-from rlhf_flows.models.megatron_logprobs import vocabulary_parallel_logprobs
-from rlhf_flows.modules.megatron_cpu import calling_megatron
-from rlhf_flows.modules.megatron_model import hidden_states, packed_texts
+from rlhf_flows.models.megatron.causal_lm import MegatronCausalLM
+from rlhf_flows.models.megatron.logprobs import vocabulary_parallel_logprobs
+from rlhf_flows.models.megatron.scalar import with_ends
+from rlhf_flows.modules.megatron.cpu import calling_megatron
+from rlhf_flows.modules.megatron.model import hidden_states, packed_texts
 
 __all__ = ["LossOf", "MegatronPasses"]
 
@@ -39,7 +40,7 @@ of tensors."""
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Packed:
     data: Batch | None
-    """None: stands in for a micro-batch where a schedule wants one more."""
+    """None: one token of no weight, where a schedule or other ranks want one more micro-batch."""
     tokens: Tensor
     """[1, N]: of each sample its prompt and all of its response but the last token."""
     packed: Any
@@ -66,7 +67,7 @@ class MegatronPasses:
         *,
         samples_of: Callable[[Batch], Batch] = lambda data: data,
     ) -> list[Result]:
-        """Collective: every rank of a model, same order. Gradients of the micro-batches' losses.
+        """Collective: every rank, same order. Gradients of the micro-batches' losses.
 
         `data` are those of this data parallel rank, the same on all its ranks; there may be none.
         `samples_of` makes prompt_ids and response_ids of a micro-batch that has others. Returns
@@ -79,24 +80,31 @@ class MegatronPasses:
     def response_logprobs(
         self, data: Sequence[Batch], *, temperature: float = 1.0, entropy: bool = False
     ) -> list[ScoredTokens]:
-        """Collective: every rank of a model, same order. Of each micro-batch, without gradient,
-        on all ranks of the model.
+        """Collective: every rank, same order. Of each micro-batch of this data parallel rank,
+        without gradient, on all ranks of the model.
         """
-        if not data:
-            return []
-        for decoder in self.model.decoders:
-            decoder.eval()
 
-        def score(part: Batch) -> tuple[Tensor, Tensor]:
+        def score(part: Batch) -> Tensor:
             scored = self.logprobs_of(part, temperature=temperature, entropy=entropy)
             spread = scored.logprobs if scored.entropy is None else scored.entropy
-            return scored.logprobs.sum(), torch.stack([scored.logprobs, spread])
+            return torch.stack([scored.logprobs, spread])
 
-        with torch.no_grad():
-            found = self._run(data, score, samples_of=lambda part: part, backward=False)
         return [
-            ScoredTokens(logprobs=part[0], entropy=part[1] if entropy else None) for part in found
+            ScoredTokens(logprobs=part[0], entropy=part[1] if entropy else None)
+            for part in self._without_gradient(data, score)
         ]
+
+    def response_scores(self, data: Sequence[Batch], *, ends: bool = False) -> list[Tensor]:
+        """As `response_logprobs`, of a model with a scalar head: of each micro-batch [T] float32,
+        before each response token; with `ends` [T + B], as after the last one of each sample.
+        """
+        if not ends:
+            return self._without_gradient(data, self.scores_of)
+        return self._without_gradient([with_ends(part) for part in data], self.scores_of)
+
+    def last_scores(self, data: Sequence[Batch]) -> list[Tensor]:
+        """As `response_scores`: of each micro-batch [B], at the last token of each response."""
+        return self._without_gradient(data, self.last_scores_of, samples_of=with_ends)
 
     # ---- what a loss calls ----------------------------------------------------------------------
 
@@ -104,30 +112,78 @@ class MegatronPasses:
         self, data: Batch, *, temperature: float, entropy: bool = False
     ) -> ScoredTokens:  # [T]
         """Of the micro-batch whose loss is asked for, with gradient where the mode has one."""
-        assert self._in_flight is not None, "logprobs are there while a loss is computed"
-        batch, hidden = self._in_flight  # [N, 1, D], or this rank's share of the N
-        assert len(batch.targets) == sum(len(r) for r in data["response_ids"])
-        if self.model.topology.sequence_parallel:
-            # Its backward pass sums the ranks' shares of the gradient.
-            whole = tensor_parallel.gather_from_sequence_parallel_region(
-                hidden, tensor_parallel_output_grad=True
-            )
-            chosen = whole[:, 0].index_select(0, batch.scored_from)
-        else:
-            chosen = tensor_parallel.copy_to_tensor_model_parallel_region(
-                hidden[:, 0].index_select(0, batch.scored_from)
-            )
+        lengths = [len(r) for r in data["response_ids"]]
+        return self._logprobs(lengths, temperature=temperature, entropy=entropy)
+
+    def scores_of(self, data: Batch) -> Tensor:  # [T] float32
+        """As `logprobs_of`, of a model with a scalar head: before each response token."""
+        return self._scores([len(r) for r in data["response_ids"]])
+
+    def last_scores_of(self, data: Batch) -> Tensor:  # [B] float32
+        """As `scores_of`, at the last token of each response. `samples_of` made the samples longer
+        by `with_ends`; `data` are they as they were.
+        """
+        lengths = [len(r) + 1 for r in data["response_ids"]]
+        scores = self._scores(lengths)
+        ends = torch.tensor(lengths, device=scores.device).cumsum(0) - 1
+        return scores.index_select(0, ends)
+
+    def _logprobs(
+        self, lengths: Sequence[int], *, temperature: float = 1.0, entropy: bool = False
+    ) -> ScoredTokens:
+        hidden, targets = self._scored_states(lengths)
         return vocabulary_parallel_logprobs(
-            chosen,
+            hidden,
             self.model.decoders[-1].head_weight(),
-            batch.targets,
+            targets,
             vocabulary_size=self.model.shape.vocabulary_size,
             group=parallel_state.get_tensor_model_parallel_group(),
             temperature=temperature,
             entropy=entropy,
         )
 
+    def _scores(self, lengths: Sequence[int]) -> Tensor:  # [T] float32
+        hidden, _ = self._scored_states(lengths)
+        scores: Tensor = self.model.decoders[-1].score(hidden)
+        return scores[:, 0].float()
+
+    def _scored_states(self, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:  # [T, D], [T]
+        """Of the micro-batch in flight: the state before each response token, and the token.
+
+        A vocabulary is shared by tensor parallel ranks: each has its share of the states' gradient,
+        and the backward pass sums these. Of a scalar head each has all, and of the gradient too.
+        """
+        assert self._in_flight is not None, "states are there while a loss is computed"
+        batch, hidden = self._in_flight  # [N, 1, D], or this rank's share of the N
+        assert len(batch.targets) == sum(lengths), "other samples than those that were packed"
+        shared = not self.model.shape.scalar_head
+        if self.model.topology.sequence_parallel:
+            hidden = tensor_parallel.gather_from_sequence_parallel_region(
+                hidden, tensor_parallel_output_grad=shared
+            )
+        chosen = hidden[:, 0].index_select(0, batch.scored_from)
+        if shared and not self.model.topology.sequence_parallel:
+            chosen = tensor_parallel.copy_to_tensor_model_parallel_region(chosen)
+        return chosen, batch.targets
+
     # ---- inside ---------------------------------------------------------------------------------
+
+    def _without_gradient(
+        self,
+        data: Sequence[Batch],
+        score: Callable[[Batch], Tensor],
+        *,
+        samples_of: Callable[[Batch], Batch] = lambda data: data,
+    ) -> list[Tensor]:
+        for decoder in self.model.decoders:
+            decoder.eval()
+
+        def loss_of(part: Batch) -> tuple[Tensor, Tensor]:
+            found = score(part)
+            return found.sum(), found
+
+        with torch.no_grad():
+            return self._run(data, loss_of, samples_of=samples_of, backward=False)
 
     def _run(
         self,
@@ -167,16 +223,27 @@ class MegatronPasses:
     ) -> tuple[Tensor, Tensor, Any]:
         """As Megatron asks for it: the loss, tokens to divide it by (none), what to collect."""
         no_tokens = torch.zeros([], dtype=torch.int, device=hidden.device)
-        if batch.data is None:
-            return hidden.float().sum() * 0.0, no_tokens, None
         self._in_flight = (batch, hidden)
-        loss, beside = loss_of(batch.data)
+        if batch.data is None:
+            # Its head is computed as well: a rank that left out what others do would be waited for.
+            is_scalar = self.model.shape.scalar_head
+            found = self._scores([1]) if is_scalar else self._logprobs([1]).logprobs
+            loss, beside = found.sum() * 0.0, None
+        else:
+            loss, beside = loss_of(batch.data)
         self._in_flight = None
         return loss, no_tokens, beside
 
     def _wanted(self, num_batches: int) -> int:
-        """Micro-batches that the schedule takes: one at least, and whole rounds of stages."""
+        """Micro-batches that the schedule takes: one at least, whole rounds of stages, and as many
+        on every data parallel rank, so that all ranks meet in the same collectives.
+        """
         topology = self.model.topology
+        if topology.data_parallel > 1:
+            most = torch.tensor(num_batches, device=self.model.device)
+            group = parallel_state.get_data_parallel_group()
+            torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX, group=group)
+            num_batches = int(most)
         multiple = topology.pipeline_parallel if topology.virtual_pipeline > 1 else 1
         return max(1, -(-num_batches // multiple)) * multiple
 
@@ -190,8 +257,8 @@ class MegatronPasses:
         return self._placed(data, texts, torch.cat(scored), torch.cat(list(responses)))
 
     def _stand_in(self) -> _Packed:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        return self._placed(None, [torch.zeros(1, dtype=torch.int64)], nothing, nothing)
+        token = torch.zeros(1, dtype=torch.int64)
+        return self._placed(None, [token], token, token)
 
     def _placed(
         self, data: Batch | None, texts: Sequence[Tensor], scored: Tensor, targets: Tensor
