@@ -6,6 +6,7 @@ A `Worker` holds one rank of one module; a `Pool` is the replicas of a module, s
 
 from rlhf_flows.pools.actors import Replica
 from rlhf_flows.pools.cluster import Cluster, connect, watch_head
+from rlhf_flows.pools.delivery import NO_VERSION, Receiver, deliver
 from rlhf_flows.pools.messages import (
     CheckpointRecord,
     ForwardCall,
@@ -15,25 +16,28 @@ from rlhf_flows.pools.messages import (
     StoredShard,
     TrainCall,
     TrainRows,
-    WeightsSource,
     WorkerState,
 )
 from rlhf_flows.pools.pool import Pool
+from rlhf_flows.pools.sharded_folders import joined
 
 __all__ = [
+    "NO_VERSION",
     "CheckpointRecord",
     "Cluster",
     "ForwardCall",
     "NodeReport",
     "Pool",
     "PoolSpec",
+    "Receiver",
     "Replica",
     "Source",
     "StoredShard",
     "TrainCall",
     "TrainRows",
-    "WeightsSource",
     "WorkerState",
     "connect",
+    "deliver",
+    "joined",
     "watch_head",
 ]

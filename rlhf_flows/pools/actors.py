@@ -13,25 +13,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    ActorDiedError,
-    ActorUnavailableError,
-    OutOfMemoryError,
-    RayActorError,
-    RayTaskError,
-)
 
 from rlhf_flows.errors import (
-    NoAnswerError,
     PoolError,
     ReplicaDiedError,
     TransientError,
     WaitTimeoutError,
 )
+from rlhf_flows.modules.rank_group import LOOPBACK
+from rlhf_flows.pools.answers import DEAD, gather, last_line
 from rlhf_flows.pools.messages import PoolSpec, WorkerState
+from rlhf_flows.pools.rooms import PlacementGroup, give_back, rooms, seat, take_room
 from rlhf_flows.pools.worker import Worker
 
-__all__ = ["DEAD", "PoolActors", "Replica", "gather", "last_line", "namespace_of"]
+__all__ = ["BESIDE", "PoolActors", "Replica", "namespace_of"]
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +44,11 @@ _CPU_ALLOCATOR = ":".join(
 )
 """Memory of tensors up to 1 GiB is kept and used again, in huge pages: activations come and go by
 the hundred megabytes each step, and a tenth of a training pass went into fresh pages."""
-DEAD = (RayActorError, ActorDiedError, ActorUnavailableError, OutOfMemoryError)
-"""What Ray raises where the process of an actor is gone."""
+_ONE_ARENA = "glibc.malloc.arena_max=1"
+"""An actor that answers beside its work does all of it on a thread that is not the main one (Ray
+2.60), and what is kept is the main thread's heap: so all threads use that."""
+BESIDE = "beside"
+"""The concurrency group of calls that are answered beside the work (`PoolSpec.works_beside`)."""
 
 
 def namespace_of(run: str) -> str:
@@ -65,6 +63,9 @@ class Replica:
     index: int
     ranks: list[Any]
     state: WorkerState
+    """Of rank 0."""
+    names: tuple[str, ...]
+    """Of the ranks, as messages have them."""
     reattached: bool = False
     """It was found alive."""
     working_on: str = ""
@@ -125,7 +126,10 @@ class PoolActors:
         try:
             waiting_for = f"replica {index} of {self._pool} to finish its last call"
             states = await gather(
-                [a.attach.remote(self._attempt) for a in actors], _ATTACH_TIMEOUT_S, waiting_for
+                [a.attach.remote(self._attempt) for a in actors],
+                _ATTACH_TIMEOUT_S,
+                waiting_for,
+                ranks=_rank_names(len(actors)),
             )
         except (TransientError, *DEAD):
             states = []
@@ -134,7 +138,13 @@ class PoolActors:
             logger.info("replica %d of %s is of another making: rebuilt", index, self._pool)
             await self._end(index, actors)
             return None
-        return Replica(index=index, ranks=actors, state=states[0], reattached=True)
+        return Replica(
+            index=index,
+            ranks=actors,
+            state=states[0],
+            names=_names_of(states),
+            reattached=True,
+        )
 
     async def rebuild(self, replica: Replica) -> None:
         """A new process in place of the replica's: a module as its `setup` leaves it."""
@@ -143,6 +153,7 @@ class PoolActors:
         await self._end(replica.index, replica.ranks)
         fresh = await self._create(replica.index)
         replica.ranks, replica.state, replica.alive = fresh.ranks, fresh.state, True
+        replica.names = fresh.names
         replica.unanswered = False
 
     async def _create(self, index: int) -> Replica:
@@ -168,32 +179,78 @@ class PoolActors:
         waiting_for = f"{self._pool}, replica {index}, to load its model"
         ranks: list[Any] = []
         try:
+            room = await self._room(index)
             for rank in range(self._spec.ranks_per_replica):
-                ranks.append(self._start_actor(index, rank))
-            rendezvous = None
-            if len(ranks) > 1:
-                (rendezvous,) = await gather(
-                    [ranks[0].rendezvous.remote()], self._setup_timeout_s, waiting_for
-                )
+                ranks.append(self._start_actor(index, rank, room))
+            rendezvous = await self._meet(ranks, index) if len(ranks) > 1 else None
             states = await gather(
                 [r.setup.remote(self._attempt, rendezvous) for r in ranks],
                 self._setup_timeout_s,
                 waiting_for,
+                ranks=_rank_names(len(ranks)),
             )
-            replica = Replica(index=index, ranks=ranks, state=states[0])
+            names = _names_of(states)
+            replica = Replica(index=index, ranks=ranks, state=states[0], names=names)
             await self._give_datasets(replica)
         except DEAD as e:
-            _kill(ranks)
+            self._end_load(index, ranks)
             raise ReplicaDiedError(
                 f"{self._pool}: the process of replica {index} died while it loaded its"
                 f" model ({last_line(e)})"
             ) from e
         except BaseException:  # cancelled as well: half-loaded actors are detached, and would stay
-            _kill(ranks)
+            self._end_load(index, ranks)
             raise
         return replica
 
-    def _start_actor(self, index: int, rank: int) -> Any:
+    def _end_load(self, index: int, ranks: Sequence[Any]) -> None:
+        _kill(ranks)
+        self._give_back(index)
+
+    async def _room(self, index: int) -> PlacementGroup | None:
+        """For all ranks of a replica that asks for some; an actor alone needs none."""
+        if not self._takes_room:
+            return None
+        spec = self._spec
+        needs = {"GPU": spec.num_gpu, "CPU": spec.num_cpu, "memory": spec.memory_bytes}
+        return await take_room(
+            self._room_of(index),
+            {what: float(count) for what, count in needs.items() if count},
+            ranks=spec.ranks_per_replica,
+            timeout_s=self._setup_timeout_s,
+            waiting_for=f"{self._pool}, replica {index}, to start its processes",
+        )
+
+    @property
+    def _takes_room(self) -> bool:
+        spec = self._spec
+        return spec.ranks_per_replica > 1 and bool(
+            spec.num_gpu or (spec.num_cpu and not spec.is_spread)
+        )
+
+    def _room_of(self, index: int) -> str:
+        return f"{self._namespace}/{self._spec.module_name}/{index}"
+
+    def _give_back(self, index: int) -> None:
+        if self._takes_room:
+            give_back({self._room_of(index)})
+
+    async def _meet(self, ranks: Sequence[Any], index: int) -> tuple[str, int]:
+        """Where the ranks of a replica find each other, once all of them have started."""
+        waiting_for = f"{self._pool}, replica {index}, to start its processes"
+        addresses = await gather(
+            [r.address.remote() for r in ranks],
+            self._setup_timeout_s,
+            waiting_for,
+            ranks=_rank_names(len(ranks)),
+        )
+        host = LOOPBACK if len(set(addresses)) == 1 else addresses[0]
+        (rendezvous,) = await gather(
+            [ranks[0].rendezvous.remote(host)], self._setup_timeout_s, waiting_for
+        )
+        return rendezvous  # type: ignore[no-any-return]
+
+    def _start_actor(self, index: int, rank: int, room: PlacementGroup | None) -> Any:
         spec = self._spec
         threads = str(spec.num_threads)
         environment = {
@@ -206,8 +263,13 @@ class PoolActors:
             "PYTHONPATH": _import_path(),
         }
         if not spec.num_gpu and "GLIBC_TUNABLES" not in os.environ:
-            environment["GLIBC_TUNABLES"] = _CPU_ALLOCATOR
-        actor_class = ray.remote(Worker)
+            tunables = [_CPU_ALLOCATOR, _ONE_ARENA] if spec.works_beside else [_CPU_ALLOCATOR]
+            environment["GLIBC_TUNABLES"] = ":".join(tunables)
+        strategy = "SPREAD" if spec.is_spread else "DEFAULT"
+        actor_class: Any = ray.remote(Worker)
+        if spec.works_beside:
+            remote: Any = ray.remote  # its types do not know of concurrency groups
+            actor_class = remote(concurrency_groups={BESIDE: 1})(Worker)
         return actor_class.options(
             name=self.name_of(index, rank),
             namespace=self._namespace,
@@ -217,9 +279,9 @@ class PoolActors:
             memory=spec.memory_bytes or None,
             max_restarts=0,
             max_task_retries=0,
-            scheduling_strategy="SPREAD" if spec.is_spread else "DEFAULT",
+            scheduling_strategy=strategy if room is None else seat(room, rank),
             runtime_env={**spec.runtime_env, "env_vars": environment},
-        ).remote(spec, replica=index, rank=rank)
+        ).remote(spec, replica=index, rank=rank, is_leased=True)
 
     async def _end(self, index: int, actors: Sequence[Any]) -> None:
         """Ends actors and waits until their names are free."""
@@ -245,6 +307,8 @@ class PoolActors:
             for r in range(self._spec.ranks_per_replica)
         }
         self._end_named(_living(self._namespace) - mine)
+        if self._spec.ranks_per_replica > 1:
+            give_back(self._rooms() - {self._room_of(i) for i in range(self._spec.num_replica)})
 
     def release(self) -> None:
         """Ends every actor of the pool, and frees what they held.
@@ -255,6 +319,7 @@ class PoolActors:
         if self._check_fence is not None:
             self._check_fence()
         self._end_named(_living(self._namespace))
+        give_back(self._rooms())
 
     def _end_named(self, names: Iterable[str]) -> None:
         for name in names:
@@ -266,6 +331,19 @@ class PoolActors:
     def kill(replica: Replica) -> None:
         """Ends its processes; nothing waits for it."""
         _kill(replica.ranks)
+
+    def drop(self, replica: Replica) -> None:
+        """Ends its processes, and what is reserved for them."""
+        self._end_load(replica.index, replica.ranks)
+
+    def end_group(self, replica: Replica) -> None:
+        """Ends what is left of a replica whose ranks cannot go on together: it is replaced before
+        it is given work."""
+        self.kill(replica)
+        replica.alive = False
+
+    def _rooms(self) -> set[str]:
+        return rooms(f"{self._namespace}/{self._spec.module_name}/")
 
     def name_of(self, index: int, rank: int) -> str:
         return f"{self._spec.module_name}/{index}/{rank}"
@@ -302,7 +380,13 @@ class PoolActors:
         ]
         waiting_for = f"{self._pool} to build the {kind} dataset"
         try:
-            found = await gather(building, self._setup_timeout_s, waiting_for)
+            found = await gather(
+                building,
+                self._setup_timeout_s,
+                waiting_for,
+                ranks=replica.names,
+                on_torn=lambda: self.end_group(replica),
+            )
         except DEAD as e:
             raise ReplicaDiedError(
                 f"{self._pool}: the process of replica {replica.index} died while it built the"
@@ -316,18 +400,12 @@ def _kill(actors: Sequence[Any]) -> None:
         ray.kill(actor, no_restart=True)
 
 
-async def gather(refs: Sequence[Any], timeout_s: float, waiting_for: str) -> list[Any]:
-    """All results; the first failure at once, unwrapped from what Ray makes of it."""
-    try:
-        async with asyncio.timeout(timeout_s):
-            return list(await asyncio.gather(*refs))
-    except RayTaskError as e:  # before TimeoutError, which it also is where a task raised one
-        cause = e.cause
-        if isinstance(cause, Exception) and not isinstance(cause, RayTaskError):
-            raise cause from e
-        raise
-    except TimeoutError as e:
-        raise NoAnswerError(f"waited {timeout_s:g} s for {waiting_for}") from e
+def _rank_names(count: int) -> tuple[str, ...]:
+    return tuple(f"rank {rank}" for rank in range(count))
+
+
+def _names_of(states: Sequence[WorkerState]) -> tuple[str, ...]:
+    return tuple(f"rank {r} (process {s.pid} on {s.host})" for r, s in enumerate(states))
 
 
 def _living(namespace: str) -> set[str]:
@@ -344,9 +422,3 @@ def _import_path() -> str:
     own = [os.path.abspath(p) for p in sys.path if p and not os.path.abspath(p).startswith(site)]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     return os.pathsep.join(dict.fromkeys(p for p in (*own, *inherited) if p))
-
-
-def last_line(error: BaseException) -> str:
-    """The last line of a message, without what Ray says of deaths in general."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1].partition(" Some common causes")[0] if lines else type(error).__name__

@@ -132,8 +132,13 @@ def _init(config: ClusterConfig) -> None:
         num_cpus=config.num_cpus or default_threads(),
         object_store_memory=min(config.object_store_memory_bytes, free // 4),
         include_dashboard=False,
-        # Workers started in advance fit no actor of ours: each has its own environment.
-        _system_config={"prestart_worker_first_driver": False},
+        _system_config={
+            # Workers started in advance fit no actor of ours: each has its own environment.
+            "prestart_worker_first_driver": False,
+            # At once, where Ray waits for a hundred objects or a second: buckets of weights that
+            # are done with would fill its store.
+            "free_objects_batch_size": 1,
+        },
         **common,
     )
 

@@ -25,7 +25,6 @@ __all__ = [
     "StoredShard",
     "TrainCall",
     "TrainRows",
-    "WeightsSource",
     "WorkerState",
 ]
 
@@ -56,10 +55,14 @@ class PoolSpec:
     num_threads: int = 1
     lease_s: float = 900.0
     store_retry_budget_s: float = 120.0
+    collective_timeout_s: float = 300.0
+    """How long a rank waits for the others of its replica."""
     averages: Mapping[str, float] = field(default_factory=dict)
     """Eta of the moving average of a trained module's weights, by the module that follows it."""
     relay: bytes | None = None
     """The relay function of a trained module, by cloudpickle."""
+    works_beside: bool = False
+    """Training goes on while a checkpoint is on its way: its actors answer beside their work."""
     log_level: str = "WARNING"
     digest: str = ""
 
@@ -77,6 +80,8 @@ class WorkerState:
     """Policy version of the weights it holds."""
     clean: bool
     """Nothing was trained since that version was committed."""
+    trained: int = -1
+    """The version that the last training led to, until its commit is known; -1 for none."""
     datasets: tuple[tuple[str, str, tuple[int, ...]], ...] = ()
     """(kind, digest) of each dataset it holds."""
 
@@ -275,18 +280,3 @@ class CheckpointRecord:
                 name: cls.from_json(entry) for name, entry in data.get("averages", {}).items()
             },
         )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightsSource:
-    """Weights on their way from a trainer: where the buckets are and what they must add up to."""
-
-    version: int
-    digest: str
-    manifest: tuple[tuple[str, str, tuple[int, ...]], ...]
-    """(name, dtype, shape) of each tensor, in order."""
-    buckets: tuple[tuple[int, ...], ...]
-    """Indices into the manifest, of each bucket."""
-    refs: tuple[Any, ...]
-    """The Ray object of each bucket."""
-    num_bytes: int

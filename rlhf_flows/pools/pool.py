@@ -14,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,10 @@ from rlhf_flows.errors import (
     ReplicaDiedError,
     WaitTimeoutError,
 )
-from rlhf_flows.pools.actors import DEAD, PoolActors, Replica, gather, last_line
+from rlhf_flows.pools.actors import BESIDE, PoolActors, Replica
+from rlhf_flows.pools.answers import DEAD, gather, last_line
 from rlhf_flows.pools.messages import PoolSpec
+from rlhf_flows.pools.streams import items_of
 
 __all__ = ["Pool"]
 
@@ -55,6 +57,8 @@ class Pool:
     setup_timeout_s: float
     max_restarts: int
     bring_to: BringTo | None = None
+    on_incident: Callable[..., None] | None = None
+    """Told of what went wrong: its kind, in words, and by names (`Runtime.incident`)."""
     check_fence: Callable[[], None] | None = None
     """Raises where a newer attempt took over; asked before an actor is started."""
     moving: asyncio.Lock = field(default_factory=asyncio.Lock)
@@ -100,7 +104,7 @@ class Pool:
             # Those that were found are not this call's to end: a newer attempt may own them.
             for replica in self._replicas:
                 if not replica.reattached:
-                    self._actors.kill(replica)
+                    self._actors.drop(replica)
             self._replicas.clear()
             raise failures[0]
         self._replicas.sort(key=lambda r: r.index)
@@ -146,6 +150,7 @@ class Pool:
         num_returns: int = 1,
         wait_s: float | None = None,
         suspect: bool = False,
+        as_held: bool = False,
     ) -> Any:
         """Calls `method` on the first free replica, on every rank; returns what rank 0 returned.
 
@@ -159,6 +164,8 @@ class Pool:
             wait_s: For a replica to come free, `timeout_s` by default; counted anew whenever one
                 does, for then the pool gets on with its work.
             suspect: The work itself may be what ends its worker: a death is not counted.
+            as_held: The work needs what the replica holds: where it died, it is not begun on
+                another in its place.
 
         Raises:
             ReplicaDiedError: the replica died while it worked.
@@ -169,14 +176,13 @@ class Pool:
         every_s = max(timeout_s / 4, _SAY_AT_MOST_EACH_S)
         async with (
             self._saying_who_keeps_it(what, every_s),
-            self._claim(what, timeout_s if wait_s is None else wait_s) as replica,
+            self._claim(what, timeout_s if wait_s is None else wait_s, as_held) as replica,
         ):
             # A trained module in the middle of an episode is at no version.
             if version is not None and not (replica.version == version and replica.state.clean):
                 await self._bring(replica, version, what)
-            answer = await self._call_on(
-                replica, method, args, what, timeout_s, num_returns, suspect
-            )
+            limit_s = timeout_s + self.spec.store_retry_budget_s
+            answer = await self._call_on(replica, method, args, what, limit_s, num_returns, suspect)
             replica.deaths = 0
             return answer
 
@@ -200,10 +206,89 @@ class Pool:
         )
 
     async def on_replica(
-        self, replica: Replica, method: str, *args: Any, what: str, timeout_s: float
+        self,
+        replica: Replica,
+        method: str,
+        *args: Any,
+        what: str,
+        timeout_s: float,
+        waits_for_store: bool = True,
     ) -> Any:
         """Calls `method` on one replica. The caller holds it, or does not mind who works on it."""
+        timeout_s += self.spec.store_retry_budget_s if waits_for_store else 0
         return await self._call_on(replica, method, args, what, timeout_s, 1, False)
+
+    async def beside(
+        self, replica: Replica, method: str, *args: Any, what: str, timeout_s: float
+    ) -> list[Any]:
+        """Calls `method` on every rank of a replica while it works on other calls
+        (`PoolSpec.works_beside`): what each rank returned.
+
+        No collective may be in it, so that a rank that fails leaves the others as they are. A death
+        counts where the work is that the replica does meanwhile.
+
+        Raises:
+            ReplicaDiedError: the process of a rank is gone.
+            NoAnswerError: not all answered in time; the replica is replaced.
+        """
+        ranks = replica.ranks
+        calls = [getattr(r, method).options(concurrency_group=BESIDE).remote(*args) for r in ranks]
+        waiting_for = f"{what} on replica {replica.index} of pool {self.name!r}"
+        try:
+            limit_s = timeout_s + self.spec.store_retry_budget_s
+            return await gather(calls, limit_s, waiting_for, ranks=replica.names)
+        except NoAnswerError:
+            if replica.ranks is ranks:
+                self._actors.end_group(replica)
+            raise
+        except DEAD as e:
+            if replica.ranks is ranks:
+                replica.alive = False
+            raise ReplicaDiedError(
+                f"replica {replica.index} of pool {self.name!r} died during {what}: {last_line(e)}"
+            ) from e
+
+    async def stream(
+        self, method: str, *args: Any, what: str, timeout_s: float
+    ) -> AsyncGenerator[Any, None]:
+        """What rank 0 of the first free replica yields in `method`, which all its ranks run.
+
+        It makes one item ahead and waits. A caller that stops early uses `contextlib.aclosing`; the
+        ranks then run to their end, with nobody taking what they yield.
+
+        Args:
+            timeout_s: For all of it, what the caller does in between included.
+
+        Raises:
+            ReplicaDiedError: a rank died.
+            NoAnswerError: an item, or the end, did not come in time. The replica is left to it, and
+                looked at before it gets other work.
+            NotBegunError: no replica was free or ready.
+        """
+        deadline = time.monotonic() + timeout_s
+        async with self._claim(what, timeout_s) as replica:
+            try:
+                items = items_of(replica.ranks, method, args, deadline, what)
+                async with contextlib.aclosing(items):
+                    async for item in items:
+                        yield item
+                        del item  # before the next one is asked for
+            except DEAD as e:
+                self._count_death(replica, suspect=False)
+                raise ReplicaDiedError(
+                    f"replica {replica.index} of pool {self.name!r} died during {what}:"
+                    f" {last_line(e)}"
+                ) from e
+            except BaseException:  # its other ranks may still be at work
+                replica.unanswered = True
+                raise
+            replica.deaths = 0
+
+    def give_up(self, replica: Replica) -> None:
+        """It is in no known state, and is replaced before it works again. Not counted as a death,
+        and not ended here: it may be a newer attempt's by now.
+        """
+        replica.alive = False
 
     def tell(self, replica: Replica, method: str, *args: Any) -> None:
         """Calls `method` on every rank of a replica without waiting for an answer."""
@@ -212,7 +297,9 @@ class Pool:
                 getattr(rank, method).remote(self.attempt, *args)
 
     @contextlib.asynccontextmanager
-    async def _claim(self, what: str, wait_s: float) -> AsyncIterator[Replica]:
+    async def _claim(
+        self, what: str, wait_s: float, as_held: bool = False
+    ) -> AsyncIterator[Replica]:
         replica = await self._next_free(what, wait_s)
         idle_s = time.monotonic() - replica.since
         try:
@@ -221,7 +308,14 @@ class Pool:
                 if replica.alive and (replica.unanswered or idle_s > _TRUSTED_S):
                     await self._look_at(replica, wait_s)
                 if not replica.alive:
+                    if as_held:
+                        raise NotBegunError(
+                            f"{what} was not begun: replica {replica.index} of pool"
+                            f" {self.name!r} died, and what it held with it"
+                        )
                     await self._replace(replica, what)
+            except NotBegunError:
+                raise
             except WaitTimeoutError as e:
                 raise NotBegunError(f"{what} was not begun: {e}") from e
             yield replica
@@ -236,14 +330,13 @@ class Pool:
         # Its calls run in order, so that an answer also says that those before are through.
         signs = [rank.heartbeat.remote(self.attempt) for rank in replica.ranks]
         waiting_for = f"replica {replica.index} of pool {self.name!r} to finish its last call"
+        if len(signs) > 1 and not replica.unanswered:  # idle ranks have nothing to finish
+            wait_s = min(wait_s, self.spec.collective_timeout_s)
         try:
-            await gather(signs, wait_s, waiting_for)
-        except NoAnswerError as e:
+            await gather(signs, wait_s, waiting_for, ranks=replica.names)
+        except (NoAnswerError, *DEAD) as e:
             logger.warning("%s", e)
-            self._actors.kill(replica)
-            replica.alive = False
-        except DEAD:
-            replica.alive = False
+            self._actors.end_group(replica)
         replica.unanswered = False
 
     async def _next_free(self, what: str, wait_s: float) -> Replica:
@@ -259,6 +352,11 @@ class Pool:
                     f"{what} waited {wait_s:g} s for a free replica of pool {self.name!r}:"
                     f" {self._occupation()}"
                 ) from e
+
+    def tell_incident(self, kind: str, what: str, **facts: Any) -> None:
+        """To whoever asked for it."""
+        if self.on_incident is not None:
+            self.on_incident(kind, what, pool=self.name, **facts)
 
     def _occupation(self) -> str:
         return "; ".join(self._occupation_of(r) for r in self._replicas)
@@ -291,14 +389,10 @@ class Pool:
             if now - self._said < every_s / 2:
                 continue
             self._said = now
-            logger.warning(
-                "run %s: %s is waited for since %.0f s: pool %r: %s",
-                self.spec.run,
-                what,
-                now - started,
-                self.name,
-                self._occupation(),
-            )
+            waits = f"{what} is waited for since {now - started:.0f} s"
+            told = f"{waits}: pool {self.name!r}: {self._occupation()}"
+            logger.warning("run %s: %s", self.spec.run, told)
+            self.tell_incident("stall", told, seconds=now - started)
 
     async def _call_on(
         self,
@@ -317,14 +411,19 @@ class Pool:
                 for rank in replica.ranks
             ]
             last = [a[-1] if num_returns > 1 else a for a in answers]
-            patience_s = self.spec.store_retry_budget_s
-            results = await gather(last, timeout_s + patience_s, waiting_for)
+            results = await gather(
+                last,
+                timeout_s,
+                waiting_for,
+                ranks=replica.names,
+                on_torn=lambda: self._actors.end_group(replica),
+            )
         except asyncio.CancelledError:
             replica.unanswered = True
             raise
         except NoAnswerError:
             # What it does is unknown; only a new process is known to be idle.
-            self._actors.kill(replica)
+            self._actors.end_group(replica)
             self._count_death(replica, suspect=suspect)
             raise
         except DEAD as e:
@@ -338,8 +437,9 @@ class Pool:
 
     @staticmethod
     def _count_death(replica: Replica, *, suspect: bool) -> None:
+        # Of several calls that it had, the first to know.
+        replica.deaths += replica.alive and not suspect
         replica.alive = False
-        replica.deaths += not suspect
 
     async def _replace(self, dead: Replica, what: str) -> None:
         if dead.deaths > self.max_restarts:
@@ -354,6 +454,9 @@ class Pool:
 
     async def rebuild(self, replica: Replica) -> None:
         """A new process in place of the replica's: a module as its `setup` leaves it."""
+        if not replica.alive:
+            what = f"replica {replica.index} of pool {self.name!r} died and is replaced"
+            self.tell_incident("actor-restart", what, replica=replica.index, deaths=replica.deaths)
         await self._actors.rebuild(replica)
 
     async def heartbeat(self) -> None:

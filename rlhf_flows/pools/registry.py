@@ -9,6 +9,7 @@ import ray
 from rlhf_flows.config import ClusterConfig
 from rlhf_flows.pools.actors import namespace_of
 from rlhf_flows.pools.cluster import connect
+from rlhf_flows.pools.rooms import give_back, rooms
 
 __all__ = ["LivingActor", "living_actors", "release_actors"]
 
@@ -47,4 +48,5 @@ async def release_actors(address: str, run: str) -> int:
     ]
     for name in names:
         ray.kill(ray.get_actor(name, namespace), no_restart=True)
+    give_back(rooms(f"{namespace}/"))
     return len(names)

@@ -1,146 +1,122 @@
-"""How weights travel: the seam, and the transport through Ray's object store.
+"""How weights travel: cut into buckets at the sender, checked and put together at the receiver.
 
-A transport packs a trainer's weights into buckets and unpacks them at the receiver. The receiver
-checks the digest of the bytes before any of them reaches the model: a failed load leaves some
-engines unusable. Transports between GPUs (NCCL, CUDA IPC) implement the same two functions.
-
-Peak extra memory: one bucket at the sender beside what the object store holds.
+A bucket holds the bytes of some weights as they lie in the trainer; the first says what all of them
+are. The receiver checks the digest of each weight before any of its bucket reaches the model: a
+failed load leaves some engines unusable. Who moves the buckets is nobody's affair here: Ray does
+(pools/delivery.py), and writes views of the trainer's own memory straight into shared memory, so
+that a bucket is copied once.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
-import ray
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from rlhf_flows.errors import SyncError
-from rlhf_flows.pools.digest import WeightsDigest, dtype_name, tensor_bytes
-from rlhf_flows.pools.messages import WeightsSource
+from rlhf_flows.pools.digest import DigestedTensor, digest_tensor, dtype_name, tensor_bytes
 
-__all__ = ["ObjectStoreTransport", "Transport"]
-
-_ALIGNMENT = 64
-"""Bytes; each tensor of a bucket starts at a multiple, so that it can be viewed in place."""
+__all__ = ["Bucket", "Manifest", "cut", "pack", "unpack"]
 
 
-class Transport(Protocol):
-    """Moves weights from the worker that trained them to the workers that sample with them."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest:
+    """What is on its way."""
 
-    def send(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        *,
-        version: int,
-        bucket_bytes: int,
-        digest: str | None = None,
-    ) -> WeightsSource:
-        """Runs in the trainer. `digest` is that of the weights, where it is known already."""
-
-    def receive(self, source: WeightsSource, *, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
-        """Runs in the receiver: verifies the digest, then gives the weights one by one."""
+    version: int
+    digest: str
+    """sha256 of all weights: that of the commit."""
+    tensors: tuple[DigestedTensor, ...]
+    """In the order they come."""
+    buckets: tuple[range, ...]
+    """Which of the tensors are in each."""
 
 
-class ObjectStoreTransport:
-    """Buckets as Ray objects: shared memory on one node, Ray's own transfer between nodes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Some of the weights."""
 
-    def send(
-        self,
-        weights: Iterable[tuple[str, Tensor]],
-        *,
-        version: int,
-        bucket_bytes: int,
-        digest: str | None = None,
-    ) -> WeightsSource:
-        counted = WeightsDigest() if digest is None else None
-        manifest: list[tuple[str, str, tuple[int, ...]]] = []
-        buckets: list[tuple[int, ...]] = []
-        refs: list[Any] = []
-        pending: list[tuple[int, NDArray[np.uint8]]] = []
-        total = size = 0
+    index: int
+    parts: tuple[NDArray[np.uint8], ...]
+    """The bytes of each of its tensors."""
+    manifest: Manifest | None
+    """In the first bucket alone."""
 
-        def flush() -> None:
-            nonlocal size
-            if pending:
-                refs.append(ray.put(_join([data for _, data in pending])))
-                buckets.append(tuple(index for index, _ in pending))
-                pending.clear()
-                size = 0
 
-        for name, tensor in weights:
-            data = tensor_bytes(tensor)
-            dtype = dtype_name(tensor.dtype)
-            if counted is not None:
-                counted.update(name, dtype, tensor.shape, data)
-            if size and size + data.nbytes > bucket_bytes:
-                flush()
-            pending.append((len(manifest), data))
-            manifest.append((name, dtype, tuple(tensor.shape)))
-            size += _aligned(data.nbytes)
-            total += data.nbytes
-        flush()
-        return WeightsSource(
-            version=version,
-            digest=digest or ("" if counted is None else counted.hexdigest()),
-            manifest=tuple(manifest),
-            buckets=tuple(buckets),
-            refs=tuple(refs),
-            num_bytes=total,
-        )
+def cut(tensors: Sequence[DigestedTensor], bucket_bytes: int) -> tuple[range, ...]:
+    """Buckets of at most so many bytes, or of one tensor; one bucket where there are no tensors."""
+    buckets: list[range] = []
+    start = size = 0
+    for index, tensor in enumerate(tensors):
+        if index > start and size + tensor.num_bytes > bucket_bytes:
+            buckets.append(range(start, index))
+            start, size = index, 0
+        size += tensor.num_bytes
+    return (*buckets, range(start, len(tensors)))
 
-    def receive(self, source: WeightsSource, *, timeout_s: float) -> Iterator[tuple[str, Tensor]]:
-        try:
-            arrays = ray.get(list(source.refs), timeout=timeout_s)
-        except ray.exceptions.GetTimeoutError as e:
+
+def pack(weights: Iterable[tuple[str, Tensor]], manifest: Manifest) -> Iterator[Bucket]:
+    """The buckets of a manifest. The bytes are the weights' own where these lie on the CPU.
+
+    Raises:
+        SyncError: the weights are not those of the manifest; all were iterated over.
+    """
+    rest = iter(weights)
+    for index, tensors in enumerate(manifest.buckets):
+        parts = []
+        for expected in tensors:
+            name, tensor = next(rest, ("nothing", None))
+            found = () if tensor is None else (dtype_name(tensor.dtype), tuple(tensor.shape))
+            if tensor is None or (name, *found) != manifest.tensors[expected].kind:
+                _exhaust(rest)
+                raise SyncError(
+                    f"the weights to be sent are not those of the commit of version"
+                    f" {manifest.version}: {name} {found} came, expected"
+                    f" {manifest.tensors[expected].kind}: `named_weights` must give the same"
+                    " tensors in the same order, whenever it is asked"
+                )
+            parts.append(tensor_bytes(tensor))
+            del tensor
+        yield Bucket(index=index, parts=tuple(parts), manifest=None if index else manifest)
+        parts.clear()
+    _exhaust(rest)
+
+
+def _exhaust(rest: Iterator[object]) -> None:
+    """To the end: other ranks may be taking part."""
+    for _ in rest:
+        pass
+
+
+def unpack(bucket: Bucket, manifest: Manifest) -> list[tuple[str, Tensor]]:
+    """The weights of a bucket, in its own memory: to be read, not written.
+
+    Raises:
+        SyncError: the bytes are not those that were committed.
+    """
+    tensors = [manifest.tensors[i] for i in manifest.buckets[bucket.index]]
+    weights = []
+    for tensor, data in zip(tensors, bucket.parts, strict=True):
+        if digest_tensor(tensor.kind, data) != tensor.digest:
             raise SyncError(
-                f"the weights of version {source.version} ({source.num_bytes} bytes) did not"
-                f" arrive within {timeout_s:g} s: raise runtime.sync_timeout_s, or look at the"
-                " network between the trainer and this worker"
-            ) from e
-        digest = WeightsDigest()
-        for name, dtype, shape, data in _split(source, arrays):
-            digest.update(name, dtype, shape, data)
-        if digest.hexdigest() != source.digest:
-            raise SyncError(
-                f"the weights of version {source.version} arrived with digest"
-                f" {digest.hexdigest()[:12]}, sent was {source.digest[:12]}: nothing was loaded"
+                f"{tensor.name} of version {manifest.version} arrived with other bytes than were"
+                f" committed (bucket {bucket.index + 1} of {len(manifest.buckets)}): none of this"
+                " bucket was loaded"
             )
-        for name, dtype, shape, data in _split(source, arrays):
-            yield name, _as_tensor(data, dtype, shape)
+        weights.append((tensor.name, _as_tensor(tensor, data)))
+    return weights
 
 
-def _aligned(size: int) -> int:
-    return -(-size // _ALIGNMENT) * _ALIGNMENT
-
-
-def _join(parts: list[NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    joined = np.zeros(sum(_aligned(p.nbytes) for p in parts), dtype=np.uint8)
-    start = 0
-    for part in parts:
-        joined[start : start + part.nbytes] = part
-        start += _aligned(part.nbytes)
-    return joined
-
-
-def _split(
-    source: WeightsSource, arrays: list[NDArray[np.uint8]]
-) -> Iterator[tuple[str, str, tuple[int, ...], NDArray[np.uint8]]]:
-    for indices, array in zip(source.buckets, arrays, strict=True):
-        start = 0
-        for index in indices:
-            name, dtype, shape = source.manifest[index]
-            size = int(np.prod(shape, dtype=np.int64)) * getattr(torch, dtype).itemsize
-            yield name, dtype, shape, array[start : start + size]
-            start += _aligned(size)
-
-
-def _as_tensor(data: NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> Tensor:
+def _as_tensor(tensor: DigestedTensor, data: NDArray[np.uint8]) -> Tensor:
+    dtype = getattr(torch, tensor.dtype)
+    if not data.size:
+        return torch.empty(tensor.shape, dtype=dtype)
     with warnings.catch_warnings():
         # Objects of the store are read-only; receivers copy weights and never write to them.
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return torch.from_numpy(data).view(getattr(torch, dtype)).reshape(shape)
+        return torch.from_numpy(data).view(dtype).reshape(tensor.shape)

@@ -15,6 +15,7 @@ import os
 import socket
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -34,11 +35,17 @@ from rlhf_flows.data import (
     to_arrow,
     to_samples,
 )
-from rlhf_flows.errors import FencedError, PoolError, RlhfFlowsError, SyncError
+from rlhf_flows.errors import FencedError, PoolError
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.modules.rank_group import (
+    LOOPBACK,
+    RankGroup,
+    hold_store,
+    reach_store,
+    talk_over,
+)
 from rlhf_flows.pools.averages import WeightAverages
 from rlhf_flows.pools.datasets import Datasets, build
-from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.episode_training import EpisodeTraining
 from rlhf_flows.pools.messages import (
     RELAYED,
@@ -49,12 +56,12 @@ from rlhf_flows.pools.messages import (
     PoolSpec,
     RelayCall,
     TrainCall,
-    WeightsSource,
     WorkerState,
 )
 from rlhf_flows.pools.module_folders import ModuleFolders
+from rlhf_flows.pools.sharded_folders import ShardedFolders
 from rlhf_flows.pools.shards import ShardStore, merge, metrics_of, previews_of
-from rlhf_flows.pools.transport import ObjectStoreTransport
+from rlhf_flows.pools.transport import Bucket
 from rlhf_flows.pools.user_code import (
     call_hook,
     checked_output,
@@ -62,6 +69,7 @@ from rlhf_flows.pools.user_code import (
     naming_columns,
     seed_everything,
 )
+from rlhf_flows.pools.worker_weights import HeldVersion, WorkerWeights
 from rlhf_flows.store import ObjectStore, RunLayout, check_fence, open_store
 
 __all__ = ["Worker"]
@@ -72,15 +80,21 @@ _PLAN_COLUMNS = ("sample_id", "group", "sibling", "prompt_row", "seed", "policy_
 
 
 class Worker:
-    """One rank of one module. Methods run one at a time, in the order they arrive."""
+    """One rank of one module. Methods run one at a time, in the order they arrive; `uploaded` alone
+    may run beside another."""
 
-    def __init__(self, spec: PoolSpec, *, replica: int = 0, rank: int = 0) -> None:
+    def __init__(
+        self, spec: PoolSpec, *, replica: int = 0, rank: int = 0, is_leased: bool = False
+    ) -> None:
+        """
+        Args:
+            is_leased: The process is this worker's, and ends with its lease.
+        """
         logging.basicConfig(level=spec.log_level)
         self._spec = spec
         self._replica, self._rank = replica, rank
         self._attempt = 0
-        self._version = 0
-        self._clean = True
+        self._held = HeldVersion()
         self._ready = False
         self._datasets = Datasets()
         self._relayed: Batch = {}
@@ -88,21 +102,22 @@ class Worker:
         self._begun: int | None = None
         """The episode that the module was told of last."""
         self._episode: EpisodeTraining | None = None
-        self._sent: dict[str, WeightsSource] = {}
-        self._digests: dict[str, str] = {}
-        """Both of the weights (""), or of the average that a module follows, by its name; where
-        they were made since the weights last changed.
-        """
-        self._transport = ObjectStoreTransport()
         self._last_call = time.monotonic()
         self._busy = False
+        self._group: RankGroup | None = None
+        """Of the ranks of this replica, where there are several."""
+        self._meeting: Any = None
+        """The store that rank 0 holds for them."""
+        self._room: Any = None
+        """What Ray reserves for them."""
         # By `setup`: what a constructor raises, Ray reports as a death.
         self._store: ObjectStore
         self._shards: ShardStore
         self._module: BaseModule
         self._averages: WeightAverages
-        self._folders: ModuleFolders
-        threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
+        self._weights: WorkerWeights
+        if is_leased:
+            threading.Thread(target=self._watch_lease, daemon=True, name="lease").start()
 
     # ---- life -----------------------------------------------------------------------------
 
@@ -112,15 +127,18 @@ class Worker:
             idle_s = time.monotonic() - self._last_call
             if not self._busy and idle_s > self._spec.lease_s:
                 logger.warning("no attempt called for %.0f s: the lease is over", idle_s)
+                self._leave_room()
                 os._exit(0)
 
     @contextlib.contextmanager
-    def _working(self, attempt: int) -> Iterator[None]:
-        """Around every call that takes its time: the lease does not run out meanwhile."""
+    def _working(self, attempt: int, doing: str = "a call") -> Iterator[None]:
+        """Around every call that takes its time: the lease does not run out meanwhile, and the
+        other ranks of its replica are told what this one is in."""
         self._enter(attempt)
         self._busy = True
         try:
-            yield
+            with contextlib.nullcontext() if self._group is None else self._group.section(doing):
+                yield
         finally:
             self._busy = False
             self._last_call = time.monotonic()
@@ -132,12 +150,14 @@ class Worker:
                 f"attempt {attempt} of run {self._spec.run!r} was taken over by attempt"
                 f" {self._attempt}: this one stops, the newer one goes on"
             )
+        if attempt > self._attempt:
+            self._held.trained = -1  # whether that was committed, another attempt cannot know
         self._attempt = attempt
 
     def setup(self, attempt: int, rendezvous: tuple[str, int] | None = None) -> WorkerState:
         """Loads the model. Collective where a replica has several ranks: every rank."""
         spec = self._spec
-        with self._working(attempt):
+        with self._working(attempt, "setup"):
             self._store = open_store(spec.store_url, retry_budget_s=spec.store_retry_budget_s)
             self._shards = ShardStore(self._store)
             # A new process knows of no attempt; the store does.
@@ -147,19 +167,25 @@ class Worker:
             if spec.ranks_per_replica > 1:
                 assert rendezvous is not None
                 self._join_group(rendezvous)
+        with self._working(attempt, "setup"):  # anew: from here on there is a group to be told
             self._seed("setup")
             self._module.attach(self._placed(spec.context))
             self._module.setup()
             # Looked at only where there is an eta: most modules train nothing.
             weights = self._module.trained_weights() if spec.averages else ()
-            self._averages = WeightAverages(spec.averages, weights)
-            self._folders = ModuleFolders(
+            is_sharded = self._module.is_sharded
+            self._averages = WeightAverages(
+                spec.averages, weights, is_sharded=is_sharded, rank=self._rank
+            )
+            kind = ShardedFolders if is_sharded else ModuleFolders
+            folders = kind(
                 self._store,
                 RunLayout(spec.run),
                 self._module,
                 self._averages,
                 uploads=self._rank == 0,
             )
+            self._weights = WorkerWeights(self._held, self._module, self._averages, folders)
             # What a model loads stays: no collection needs to walk through it again.
             gc.collect()
             gc.freeze()
@@ -179,22 +205,35 @@ class Worker:
 
     def _join_group(self, rendezvous: tuple[str, int]) -> None:
         host, port = rendezvous
-        backend = "nccl" if self._spec.num_gpu and torch.cuda.is_available() else "gloo"
-        torch.distributed.init_process_group(
-            backend,
-            init_method=f"tcp://{host}:{port}",
+        timeout_s = self._spec.collective_timeout_s
+        talk_over(LOOPBACK if host == LOOPBACK else self.address())
+        is_cuda = self._spec.num_gpu and torch.cuda.is_available()
+        self._group = RankGroup(
+            self._meeting or reach_store(host, port, timeout_s=timeout_s),
             rank=self._rank,
             world_size=self._spec.ranks_per_replica,
+            collective_timeout_s=timeout_s,
+            device="cuda" if is_cuda else "cpu",
         )
 
-    def rendezvous(self) -> tuple[str, int]:
-        """An address of rank 0 for the process group of its replica."""
+    def address(self) -> str:
+        """Of this rank's node, as others reach it."""
         import ray
 
-        host = ray.util.get_node_ip_address()
-        with socket.socket() as probe:
-            probe.bind((host, 0))
-            return host, probe.getsockname()[1]
+        self._room = ray.util.get_current_placement_group()
+        return str(ray.util.get_node_ip_address())
+
+    def _leave_room(self) -> None:
+        """What is reserved for the replica would be so for ever."""
+        import ray
+
+        if self._room is not None:
+            ray.util.remove_placement_group(self._room)
+
+    def rendezvous(self, host: str) -> tuple[str, int]:
+        """Rank 0 opens a store for the ranks of its replica, held until this process ends."""
+        self._meeting = hold_store(host)
+        return host, self._meeting.port
 
     def attach(self, attempt: int) -> WorkerState:
         """A (new) attempt claims this worker."""
@@ -207,8 +246,9 @@ class Worker:
             host=socket.gethostname(),
             digest=self._spec.digest,
             ready=self._ready,
-            version=self._version,
-            clean=self._clean,
+            version=self._held.version,
+            clean=self._held.clean,
+            trained=self._held.trained,
             datasets=self._datasets.known(),
         )
 
@@ -223,7 +263,7 @@ class Worker:
         Returns the number of its items; of each part, where `parts` says how many of the rows
         belong to each of several datasets.
         """
-        with self._working(attempt):
+        with self._working(attempt, "the building of a dataset"):
             dataset = build(self._module, rows, parts=parts, is_eval=kind == "eval")
             self._datasets.set(kind, digest, dataset)
             return self._datasets.sizes(kind)
@@ -235,15 +275,17 @@ class Worker:
 
         The table of the node that commits holds what the shard's file holds, no more.
         """
-        with self._working(call.attempt):
+        with self._working(
+            call.attempt, f"shard {call.shard} of {call.phase} of episode {call.episode}"
+        ):
             batches = [keep_samples(self._shards.load(t), call.samples) for t in tables]
             return self._forward(call, batches)
 
     def _forward(self, call: ForwardCall, batches: list[Batch]) -> tuple[Any, Any, NodeReport]:
         started = time.perf_counter()
-        if call.version is not None and not (call.version == self._version and self._clean):
+        if call.version is not None and not self._held.is_clean_at(call.version):
             raise PoolError(
-                f"{self._module.name!r} holds policy version {self._version}, shard"
+                f"{self._module.name!r} holds policy version {self._held.version}, shard"
                 f" {call.shard} of episode {call.episode} asks for version {call.version}"
             )
         source = None
@@ -311,7 +353,7 @@ class Worker:
 
     def relay(self, call: RelayCall, *tables: Any) -> int:
         """Asks the relay function what training of an episode is to take; how many samples."""
-        with self._working(call.attempt):
+        with self._working(call.attempt, f"relay of episode {call.episode}"):
             assert self._spec.relay is not None
             given = iter(tables)
             buffers = []
@@ -331,7 +373,8 @@ class Worker:
 
     def train(self, call: TrainCall, *tables: Any) -> Mapping[str, float]:
         """One optimizer step. Collective where a replica has several ranks: every rank."""
-        with self._working(call.attempt):
+        doing = f"training step {call.index + 1} of episode {call.episode}"
+        with self._working(call.attempt, doing):
             return self._train(call, tables)
 
     def _train(self, call: TrainCall, tables: Sequence[Any]) -> Mapping[str, float]:
@@ -342,11 +385,11 @@ class Worker:
         if call.rows and call.rows[0].shard == RELAYED:
             shards[RELAYED] = self._relayed
         if call.index == 0:
-            if not self._clean or self._version != call.version:
+            if not self._held.can_train_on(call.version):
                 raise PoolError(
                     f"{self._module.name!r} is to train version {call.version}, but it is"
-                    f" {'at' if self._clean else 'in the middle of leaving'} version"
-                    f" {self._version}: it must be restored first"
+                    f" {'at' if self._held.clean else 'in the middle of leaving'} version"
+                    f" {self._held.version}: it must be restored first"
                 )
             self._seed(f"training/{call.episode}")
             self._episode = EpisodeTraining(self._module, call)
@@ -355,11 +398,12 @@ class Worker:
                 f"{self._module.name!r} was asked for step {call.index} of episode {call.episode},"
                 f" but it is elsewhere: training of the episode starts again"
             )
-        self._clean = False
-        self._forget_sent()
+        self._held.leave()
+        self._weights.changed()
         metrics = self._episode.step(call, shards)
         if self._episode.is_over:
             self._episode = None
+            self._held.trained = call.episode + 1
             if self._spec.averages:
                 self._averages.update(self._module.trained_weights())
         return {**metrics, "seconds": time.perf_counter() - started}
@@ -382,83 +426,84 @@ class Worker:
 
         Collective: every rank, same order. Rank 0 uploads.
         """
-        with self._working(attempt):
-            record = self._folders.save(version, with_state=with_state)
-            self._digests = record.digests
-            return record
+        with self._working(attempt, "a checkpoint"):
+            return self._weights.checkpoint(version, with_state=with_state)
+
+    def write_checkpoint(self, attempt: int, version: int, with_state: bool) -> None:
+        """The same in two parts: when this returns, the files are written, and training may go on.
+
+        Collective: every rank, same order.
+        """
+        with self._working(attempt, "a checkpoint"):
+            self._weights.write_checkpoint(version, with_state=with_state)
+
+    def uploaded(self, attempt: int, version: int) -> CheckpointRecord:
+        """What this rank wrote, once it is in the store. Beside other calls, which it neither waits
+        for nor disturbs.
+        """
+        self._enter(attempt)
+        return self._weights.uploaded(version)
 
     def committed(self, attempt: int, version: int) -> None:
-        """The commit that makes the last training real is there."""
+        """The commit that makes the last training real is there. Who has gone on from it, or never
+        was there, stays what it is.
+        """
         self._enter(attempt)
-        self._version, self._clean = version, True
+        if self._held.trained == version:
+            self._held.hold(version)
 
     def restore(self, attempt: int, record: CheckpointRecord, version: int) -> WorkerState:
         """Takes weights, and training state where the record has it, from the store."""
-        with self._working(attempt), self._loading(version):
-            self._folders.load(record)
+        with self._working(attempt, "a restore"):
+            self._episode = None
+            self._weights.restore(record, version)
         return self.state()
 
-    def send_weights(
-        self, attempt: int, version: int, bucket_bytes: int, average: str = ""
-    ) -> WeightsSource | None:
-        """The weights of `version` as Ray objects, or their average for the module of that name;
-        packed once, whoever asks.
+    def stream_weights(
+        self, attempt: int, version: int, bucket_bytes: int, average: str, committed: str
+    ) -> Iterator[list[Any]]:
+        """The weights of `version`, or their average for the module of that name: each bucket as a
+        Ray object, whose reference comes in a list, so that who is given it does not fetch it.
 
-        None where training has moved on already; the store has them, too.
+        First in each list is a number: the next item is to be taken once the receivers have loaded
+        all but so many of the buckets. A list of it alone is for that: what is loaded is let go of.
+
+        Collective where a replica has several ranks: every rank. Rank 0 yields; nothing where
+        training has moved on already: the store has them, too.
         """
-        with self._working(attempt):
-            if version != self._version or not self._clean:
-                return None
-            if average not in self._sent or self._sent[average].version != version:
-                self._sent[average] = self._transport.send(
-                    self._weights(average),
-                    version=version,
-                    bucket_bytes=bucket_bytes,
-                    digest=self._digests.get(average),
-                )
-            return self._sent[average]
+        import ray
 
-    def _weights(self, average: str) -> Iterator[tuple[str, torch.Tensor]]:
-        own = self._module.named_weights()
-        return self._averages.weights(average, own) if average else own
+        with self._working(attempt, "the sending of weights"):
+            # Until they are loaded: Ray (2.60) may delete an object whose reference lies in what
+            # was yielded, and nowhere else.
+            held: deque[Any] = deque()
+            for bucket in self._weights.stream(
+                version, bucket_bytes, average, committed, packs=self._rank == 0
+            ):
+                held.append(ray.put(bucket))
+                del bucket
+                yield [1, held[-1]]
+                if len(held) == 2:
+                    yield [1]
+                    held.popleft()
+            yield [0]
+            yield [0]
 
-    def _forget_sent(self) -> None:
-        self._sent, self._digests = {}, {}
-
-    def receive_weights(self, attempt: int, source: WeightsSource, timeout_s: float) -> WorkerState:
-        """Loads the weights."""
-        with self._working(attempt), self._loading(source.version):
-            self._module.load_weights(self._transport.receive(source, timeout_s=timeout_s))
+    def receive_bucket(self, attempt: int, bucket: Bucket) -> WorkerState:
+        """Loads some of the weights of a version; with the last, that version is held."""
+        with self._working(attempt, "the loading of weights"):
+            self._episode = None
+            self._weights.receive(bucket)
         return self.state()
-
-    @contextlib.contextmanager
-    def _loading(self, version: int) -> Iterator[None]:
-        """Within it the model is at no version; after it, cleanly at this one."""
-        self._version, self._clean = -1, False
-        self._episode = None
-        self._forget_sent()
-        try:
-            yield
-        except RlhfFlowsError:
-            raise
-        except Exception as e:
-            raise SyncError(
-                f"{self._module.name!r} failed to load version {version}"
-                f" ({type(e).__name__}: {e}): the replica is to be replaced"
-            ) from e
-        self._version, self._clean = version, True
 
     def probe(self, attempt: int, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        with self._working(attempt):
+        with self._working(attempt, "a probe"):
             return self._module.probe_logprobs(sequences)
 
     def weights_digests(self, attempt: int) -> dict[str, str]:
         """Of the weights (""), and of their average for each module that follows one."""
-        with self._working(attempt):
-            for name in ("", *self._averages):
-                if name not in self._digests:
-                    self._digests[name] = digest_weights(self._weights(name))
-            return dict(self._digests)
+        with self._working(attempt, "the digests of weights"):
+            return self._weights.digests()
 
     def _seed(self, where: str) -> None:
         seed_everything(self._spec.context.seed, self._module.name, self._rank, where)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import cloudpickle
+from torch import Tensor
 
 from rlhf_flows.data.plan import EpisodePlan, make_plan
 from rlhf_flows.modules.base import BaseModule, ModuleContext
+from rlhf_flows.pools.digest import DigestedTensor, digest_weights
 from rlhf_flows.pools.messages import ForwardCall, PoolSpec, Source, TrainCall, TrainRows
+from rlhf_flows.pools.transport import Manifest, cut
 from rlhf_flows.store import RunLayout
 
 RUN = "run"
@@ -73,3 +77,10 @@ def train_call(episode: int, index: int, **changes: Any) -> TrainCall:
         "shards": ((index, 1),),
     }
     return TrainCall(**(values | changes))
+
+
+def manifest_of(weights: Mapping[str, Tensor], version: int, bucket_bytes: int) -> Manifest:
+    each: list[DigestedTensor] = []
+    digest = digest_weights(weights.items(), each)
+    buckets = cut(each, bucket_bytes)
+    return Manifest(version=version, digest=digest, tensors=tuple(each), buckets=buckets)

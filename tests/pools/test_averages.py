@@ -134,7 +134,7 @@ def test_a_restored_worker_averages_on_to_the_bit(tmp_path: Path) -> None:
     record = trained(first, 0)
     expected = [trained(first, number).digests for number in (1, 2)]
     second = worker_of(tmp_path / "other")
-    second._store, second._folders._store = first._store, first._store
+    second._store, second._weights._folders._store = first._store, first._store
     trained(second, 0)
     train_episode(second, 1)  # and was killed before the commit
     second.restore(1, record, 1)

@@ -1,4 +1,4 @@
-"""Pools on a real Ray head: found again, rebuilt, repaired, released; and weights on their way."""
+"""Pools on a real Ray head: found again, rebuilt, repaired, released."""
 
 from __future__ import annotations
 
@@ -25,16 +25,15 @@ from rlhf_flows.errors import (
     PoolError,
     ReplicaDiedError,
     ShardError,
-    SyncError,
     WaitTimeoutError,
 )
 from rlhf_flows.modules import BaseModule, TorchModule
 from rlhf_flows.pools import Pool
 from rlhf_flows.pools.actors import namespace_of
 from rlhf_flows.pools.digest import digest_weights
-from rlhf_flows.pools.transport import ObjectStoreTransport
+from rlhf_flows.pools.transport import pack
 from rlhf_flows.store import check_fence, open_store, take_attempt
-from tests.pools.specs import ROWS, rollout_call, spec_of, train_call
+from tests.pools.specs import ROWS, manifest_of, rollout_call, spec_of, train_call
 from tests.toys import ToyPolicy
 
 pytestmark = pytest.mark.usefixtures("ray_head")
@@ -115,6 +114,7 @@ async def gone(pid: int) -> None:
 # ---- found again, or not ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_a_second_pool_object_finds_the_same_processes(make_pool: MakePool) -> None:
     first = make_pool(Plain("plain"), num_replica=2)
     await first.open()
@@ -184,6 +184,7 @@ class DiesAtStart(Plain):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 async def test_a_pool_that_does_not_come_up_says_why_and_leaves_nothing(
     make_pool: MakePool,
 ) -> None:
@@ -257,11 +258,10 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     brought: list[tuple[int, int]] = []
 
     async def bring_to(_: Pool, replica: Any, version: int) -> None:
-        transport = ObjectStoreTransport()
         weights = {"preferences": torch.arange(10.0) * version}
-        source = transport.send(weights.items(), version=version, bucket_bytes=1 << 20)
+        (bucket,) = pack(weights.items(), manifest_of(weights, version, 1 << 20))
         replica.state = await pool.on_replica(
-            replica, "receive_weights", 1, source, 10.0, what="weights", timeout_s=20
+            replica, "receive_bucket", 1, bucket, what="weights", timeout_s=20
         )
         brought.append((replica.state.pid, version))
 
@@ -289,6 +289,7 @@ async def test_a_dead_replica_is_replaced_and_holds_its_version_before_it_works(
     assert weights == {"": digest_weights([("preferences", torch.arange(10.0) * 3)])}
 
 
+@pytest.mark.slow
 async def test_a_replica_that_dies_again_and_again_fails_its_pool_one_that_works_does_not(
     make_pool: MakePool, tmp_path: Path
 ) -> None:
@@ -326,6 +327,49 @@ async def test_a_death_while_idle_is_not_put_down_to_the_work_that_comes_next(
     assert (await pool.call("state", what="a look", timeout_s=60)).pid != before[0]
 
 
+async def test_what_needs_what_a_replica_holds_is_not_begun_on_another_in_its_place(
+    make_pool: MakePool,
+) -> None:
+    pool = make_pool(Plain("plain"))
+    await pool.open()
+    before = pids(pool)[0]
+    os.kill(before, signal.SIGKILL)
+    await gone(before)
+    await asyncio.sleep(1.1)
+    with pytest.raises(NotBegunError, match=r"a step was not begun: replica 0 .* died, and what"):
+        await pool.call("state", what="a step", timeout_s=60, as_held=True)
+    assert not pool.replicas[0].alive
+    assert (await pool.call("state", what="a look", timeout_s=60)).pid != before
+
+
+async def test_some_calls_are_answered_beside_the_work_and_by_who_does_it(
+    make_pool: MakePool,
+) -> None:
+    pool = await loaded(make_pool(Slow("slow"), works_beside=True))
+    (replica,) = pool.replicas
+    call = replace(rollout_call(0, 0), version=None, commit_key=None)
+    working = asyncio.create_task(
+        pool.call("forward", call, what="a shard", timeout_s=60, num_returns=3)
+    )
+    while not replica.working_on:
+        await asyncio.sleep(0.01)
+    (state,) = await pool.beside(replica, "state", what="a look", timeout_s=20)
+    assert state.pid == pids(pool)[0]
+    assert not working.done()
+    beside = asyncio.create_task(
+        pool.beside(replica, "forward", call, what="an upload", timeout_s=60)
+    )
+    await asyncio.sleep(0.5)
+    os.kill(state.pid, signal.SIGKILL)
+    with pytest.raises(ReplicaDiedError, match="died during an upload"):
+        await beside
+    with pytest.raises(ReplicaDiedError, match="died during a shard"):
+        await working
+    assert not replica.alive
+    assert replica.deaths == 1
+
+
+@pytest.mark.slow
 async def test_work_that_nobody_waits_for_any_more_is_not_taken_for_the_next(
     make_pool: MakePool,
 ) -> None:
@@ -366,6 +410,7 @@ class Slow(Plain):
         return Rows(prompts)
 
 
+@pytest.mark.slow
 async def test_waits_end_and_name_what_they_waited_for(
     make_pool: MakePool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -396,6 +441,7 @@ async def test_waits_end_and_name_what_they_waited_for(
     assert f"(actor slow/0/0, process {pid} on " in said[0]
 
 
+@pytest.mark.slow
 async def test_a_queue_that_moves_is_no_reason_to_give_up(make_pool: MakePool) -> None:
     pool = await loaded(make_pool(ToyPolicy("policy", slow_s=0.6)))
 
@@ -435,6 +481,7 @@ async def test_what_user_code_raises_reaches_the_caller_as_it_is(make_pool: Make
     assert pool.replicas[0].alive
 
 
+@pytest.mark.slow
 async def test_a_pool_without_heartbeat_releases_itself(make_pool: MakePool) -> None:
     pool = make_pool(Plain("plain"), lease_s=3.0)
     await pool.open()
@@ -468,6 +515,7 @@ class TwoRanks(TorchModule):
         return {"loss": total, "weight": float(self.model.weight.detach())}
 
 
+@pytest.mark.slow
 async def test_ranks_of_a_replica_work_as_one_and_die_as_one(
     make_pool: MakePool, tmp_path: Path
 ) -> None:
@@ -499,6 +547,7 @@ async def test_ranks_of_a_replica_work_as_one_and_die_as_one(
     assert digests == [record.digests] * 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dead", [0, 1])
 async def test_what_is_left_of_a_group_makes_room_for_a_whole_one(
     make_pool: MakePool, dead: int
@@ -514,44 +563,3 @@ async def test_what_is_left_of_a_group_makes_room_for_a_whole_one(
     await after.open()
     await gone(states[1 - dead].pid)
     assert actors_of(after) == ["trainer/0/0", "trainer/0/1"]
-
-
-# ---- weights on their way ---------------------------------------------------------------------
-
-
-def weights_of_all_kinds() -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "embed": torch.randn(33, 7, generator=generator),
-        "half": torch.randn(129, generator=generator).bfloat16(),
-        "scalar": torch.tensor(3.5),
-        "empty": torch.empty(0, 4),
-        "mask": torch.tensor([True, False, True]),
-        "steps": torch.arange(5),
-        "slice": torch.randn(8, 8, generator=generator)[:, ::2],
-        "eight": torch.randn(3, generator=generator).half(),
-    }
-
-
-@pytest.mark.parametrize("bucket_bytes", [1, 300, 1 << 20])
-def test_weights_arrive_as_they_were_sent_in_any_number_of_buckets(bucket_bytes: int) -> None:
-    weights = weights_of_all_kinds()
-    transport = ObjectStoreTransport()
-    source = transport.send(weights.items(), version=2, bucket_bytes=bucket_bytes)
-    arrived = dict(transport.receive(source, timeout_s=10))
-    assert list(arrived) == list(weights)
-    for name, tensor in weights.items():
-        assert arrived[name].dtype == tensor.dtype
-        assert torch.equal(arrived[name], tensor), name
-    assert (len(source.buckets) == 1) == (bucket_bytes > 10_000)
-
-
-def test_weights_that_are_not_what_was_sent_are_refused_before_the_first_is_given() -> None:
-    transport = ObjectStoreTransport()
-    weights = weights_of_all_kinds()
-    source = transport.send(weights.items(), version=2, bucket_bytes=300)
-    weights["half"][0] += 1
-    other = transport.send(weights.items(), version=2, bucket_bytes=300)
-    mixed = replace(source, refs=other.refs)
-    with pytest.raises(SyncError, match=r"arrived with digest .*, sent was .*: nothing was loaded"):
-        next(iter(transport.receive(mixed, timeout_s=10)))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +17,18 @@ from rlhf_flows.data import from_arrow, from_parquet, to_arrow
 from rlhf_flows.errors import (
     DataError,
     FencedError,
+    NotBegunError,
     PoolError,
     ShardDamageError,
     ShardError,
     SyncError,
 )
+from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.messages import ForwardCall, StoredShard, TrainRows
+from rlhf_flows.pools.transport import pack
 from rlhf_flows.pools.worker import Worker
 from rlhf_flows.store import open_store, take_attempt
-from tests.pools.specs import LAYOUT, ROWS, RUN, rollout_call, spec_of, train_call
+from tests.pools.specs import LAYOUT, ROWS, RUN, manifest_of, rollout_call, spec_of, train_call
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
 
@@ -408,6 +414,70 @@ def test_a_restored_trainer_forgets_the_episode_it_was_in(trainer: Worker) -> No
     train_episode(trainer, 1)
 
 
+def test_what_was_written_is_uploaded_whatever_is_trained_meanwhile(tmp_path: Path) -> None:
+    straight = worker_of(ToyTrainer("trainer"), tmp_path)
+    train_episode(straight, 0)
+    first = straight.checkpoint(1, 1, True)
+    straight.committed(1, 1)
+    train_episode(straight, 1)
+
+    ahead = worker_of(ToyTrainer("trainer"), tmp_path)
+    train_episode(ahead, 0)
+    ahead.write_checkpoint(1, 1, True)
+    train_episode(ahead, 1)
+    record = ahead.uploaded(1, 1)
+    assert record.digests == first.digests
+    assert ahead.weights_digests(1) == straight.weights_digests(1) != record.digests
+    restored = worker_of(ToyTrainer("trainer"), tmp_path)
+    restored.restore(1, record, 1)
+    train_episode(restored, 1)
+    assert restored.weights_digests(1) == straight.weights_digests(1)
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")], "files are left"
+
+
+def test_training_goes_on_from_a_written_version_alone(trainer: Worker) -> None:
+    train_episode(trainer, 0)
+    with pytest.raises(PoolError, match="in the middle of leaving version 0"):
+        trainer.train(train_call(1, 0), episode_table(0))
+    trainer.write_checkpoint(1, 1, True)
+    with pytest.raises(PoolError, match="is to train version 2"):
+        trainer.train(train_call(2, 0), episode_table(0))
+    trainer.train(train_call(1, 0), episode_table(0))
+    # Who trains on is not clean, whatever is committed meanwhile.
+    trainer.committed(1, 1)
+    assert not trainer.state().clean
+    trainer.train(train_call(1, 1), episode_table(1))
+    trainer.committed(1, 2)
+    assert (trainer.state().version, trainer.state().clean) == (2, True)
+
+
+def test_a_process_that_never_was_at_a_version_is_not_told_into_it(trainer: Worker) -> None:
+    trainer.committed(1, 3)
+    assert (trainer.state().version, trainer.state().clean) == (0, True)
+    train_episode(trainer, 0)
+    trainer.attach(2)  # whether the attempt before came to commit it, the next one cannot know
+    trainer.committed(2, 1)
+    assert not trainer.state().clean
+
+
+def test_one_checkpoint_is_on_its_way_at_most(trainer: Worker, tmp_path: Path) -> None:
+    with pytest.raises(NotBegunError, match="has no files of version 1"):
+        trainer.uploaded(1, 1)
+    train_episode(trainer, 0)
+    trainer.write_checkpoint(1, 1, True)
+    trainer.write_checkpoint(1, 2, True)
+    record = trainer.uploaded(1, 2)
+    assert record.weights is not None
+    assert record.weights.prefix.startswith(f"{RUN}/weights/version=000002/")
+    with pytest.raises(NotBegunError, match="has no files of version 2"):
+        trainer.uploaded(1, 2)
+    for _ in range(100):
+        if not (left := [path for path in tmp_path.iterdir() if path.name.startswith(".")]):
+            break
+        time.sleep(0.05)
+    assert not left
+
+
 def test_a_checkpoint_of_a_second_rank_writes_nothing(tmp_path: Path) -> None:
     worker = Worker(spec_of(ToyTrainer("trainer"), tmp_path), rank=1)
     worker.setup(1)
@@ -430,14 +500,49 @@ def test_damaged_weights_are_not_loaded(trainer: Worker, tmp_path: Path) -> None
 
 
 def test_a_failed_load_of_weights_leaves_no_version(tmp_path: Path) -> None:
-    worker = worker_of(ToyPolicy("policy"), tmp_path)
+    class Failing(ToyPolicy):
+        def load_weights(self, weights: Any) -> None:
+            raise ValueError("no")
 
-    class Failing:
-        version = 7
-
-    with pytest.raises(SyncError, match="failed to load version 7"):
-        worker.receive_weights(1, Failing(), 1.0)  # type: ignore[arg-type]
+    worker = worker_of(Failing("policy"), tmp_path)
+    weights = {"preferences": torch.arange(10.0)}
+    (bucket,) = pack(weights.items(), manifest_of(weights, 7, 1 << 20))
+    with pytest.raises(SyncError, match=r"failed to load version 7 \(ValueError: no\)"):
+        worker.receive_bucket(1, bucket)
     assert (worker.state().version, worker.state().clean) == (-1, False)
+
+
+def test_buckets_come_from_the_first_on_or_begin_again(tmp_path: Path) -> None:
+    class Wide(ToyPolicy):
+        def setup(self) -> None:
+            super().setup()
+            self.model.more = torch.nn.Parameter(torch.zeros(3))
+
+    worker = worker_of(Wide("policy"), tmp_path)
+    weights = {"preferences": torch.arange(10.0), "more": torch.ones(3)}
+    first, second = pack(weights.items(), manifest_of(weights, 7, 40))
+    with pytest.raises(SyncError, match="was given bucket 1 of some weights, expected was the fir"):
+        worker.receive_bucket(1, second)
+    for _ in range(2):  # the second time in the middle of the first
+        assert worker.receive_bucket(1, first).version == -1
+    with pytest.raises(PoolError, match="holds policy version -1"):
+        worker.forward(rollout_call(0, 0))
+    assert worker.receive_bucket(1, second).version == 7
+    assert worker.weights_digests(1) == {"": digest_weights(weights.items())}
+    other = {"preferences": torch.arange(9.0), "more": torch.ones(3)}
+    first, _ = pack(other.items(), manifest_of(other, 8, 36))
+    with pytest.raises(SyncError, match=r"preferences is float32 .9., expected float32 .10."):
+        worker.receive_bucket(1, first)
+    assert worker.weights_digests(1) == {"": digest_weights(weights.items())}
+
+
+def test_a_trainer_whose_weights_are_not_the_committed_ones_sends_nothing(
+    trainer: Worker,
+) -> None:
+    with pytest.raises(SyncError, match=r"'trainer' holds weights with digest .*, committed was"):
+        next(trainer.stream_weights(1, 0, 1 << 20, "", "abcd"))
+    # It has moved on.
+    assert list(trainer.stream_weights(1, 5, 1 << 20, "", "abcd")) == [[0], [0]]
 
 
 def test_datasets_are_known_by_their_digest(policy: Worker) -> None:
@@ -464,3 +569,23 @@ def test_options_and_iteration_reach_the_method(tmp_path: Path) -> None:
     table, _, report = worker.forward(call, to_arrow({"sample_id": ["a", "b"]}))
     assert from_arrow(table)["seen"] == [[4, True]] * 2
     assert report.key == ""
+
+
+def test_a_worker_that_is_no_actor_does_not_end_its_process(tmp_path: Path) -> None:
+    """Its lease is over after a tenth of a second; an actor's process would end with it."""
+    code = f"""
+import sys, time
+from pathlib import Path
+from rlhf_flows.pools.worker import Worker
+from tests.pools.specs import spec_of
+from tests.toys import ToyPolicy
+
+Worker(spec_of(ToyPolicy("policy"), Path({str(tmp_path)!r}), lease_s=0.1), is_leased={{leased}})
+time.sleep(1.0)
+sys.exit(7)
+"""
+    for leased, status in ((False, 7), (True, 0)):
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(leased=leased)], check=False, timeout=60
+        )
+        assert done.returncode == status
