@@ -10,6 +10,8 @@ of this package's deployments only:
   heartbeat is this package's own (`heartbeat`), which ends where a flow run is suspended.
 - *give up*: a flow run that crashes often has failed. A run counts its own dead attempts
   (`runtime.max_attempts`); this one is for processes that die before they can count.
+
+Those that tell a person, or pause a deployment, are in `alert_automations`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,14 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
 from prefect.events.schemas.events import ResourceSpecification
 
-from rlhf_flows.services.delays import Delays
+from rlhf_flows.services.alert_automations import (
+    NOTIFY,
+    PAUSE,
+    notification_block,
+    notifications,
+    pauses,
+)
+from rlhf_flows.services.delays import Alerts, Delays
 from rlhf_flows.services.heartbeat import HEARTBEAT, LEFT
 
 __all__ = ["TAG", "automations", "install", "installed", "remove"]
@@ -122,13 +131,22 @@ def installed(client: SyncPrefectClient) -> list[Automation]:
     return sorted(found, key=lambda a: a.name)
 
 
-def install(client: SyncPrefectClient, delays: Delays) -> list[str]:
+def install(client: SyncPrefectClient, delays: Delays, alerts: Alerts | None = None) -> list[str]:
     """Creates the automations, or brings those that are there up to date; their names.
 
-    What is as it should be is left alone: each change makes the server load its triggers anew.
+    What is as it should be is left alone: each change makes the server load its triggers anew. So
+    are the alerts that `alerts` says nothing of.
+
+    Raises:
+        ConfigError: the server has no such notification block.
     """
+    alerts = alerts or Alerts()
+    wanted = [*automations(delays)]
+    if alerts.notify:
+        wanted += notifications(_PREFIX, TAG, notification_block(client, alerts.notify))
+    if alerts.pause:
+        wanted += pauses(_PREFIX, TAG, alerts)
     there = {a.name: a for a in installed(client)}
-    wanted = automations(delays)
     for automation in wanted:
         found = there.pop(automation.name, None)
         if found is None:
@@ -136,8 +154,10 @@ def install(client: SyncPrefectClient, delays: Delays) -> list[str]:
         elif _essence(found) != _essence(automation):
             client.delete_automation(found.id)
             client.create_automation(automation)
+    left = {NOTIFY: alerts.notify is None, PAUSE: alerts.pause is None}
     for unknown in there.values():
-        client.delete_automation(unknown.id)
+        if not left.get(unknown.name.removeprefix(_PREFIX).partition(" ")[0], False):
+            client.delete_automation(unknown.id)
     return [a.name for a in wanted]
 
 
