@@ -1,4 +1,4 @@
-"""What the Prefect UI shows of a run: five artifacts, made once per flow run and then updated.
+"""What the Prefect UI shows of a run: seven artifacts, made once per flow run and then updated.
 
 The decision here: nothing waits for the UI. Phases tell a `RunBoard`; a task of its own looks at it
 and sends what changed, and no artifact may take more than half a percent of the time. An API that
@@ -29,9 +29,12 @@ from prefect.logging import get_run_logger
 
 from rlhf_flows.errors import FencedError
 from rlhf_flows.flow import phases_of
+from rlhf_flows.reporting.assets import Lineage
 from rlhf_flows.reporting.curves import draw
 from rlhf_flows.reporting.flow_picture import draw_flows
 from rlhf_flows.reporting.headline import headline
+from rlhf_flows.reporting.now import page
+from rlhf_flows.reporting.panels import Curve
 from rlhf_flows.reporting.run_board import RunBoard
 from rlhf_flows.store import read_json
 from rlhf_flows.tasks import Progress, Runtime
@@ -80,17 +83,25 @@ class FanOut:
         for listener in self._listeners:
             listener.samples(episode, previews)
 
+    def incident(self, kind: str, what: str, facts: Mapping[str, Any]) -> None:
+        for listener in self._listeners:
+            listener.incident(kind, what, facts)
+
+    def held_out(self, version: int, previews: Sequence[Mapping[str, Any]]) -> None:
+        for listener in self._listeners:
+            listener.held_out(version, previews)
+
 
 @contextlib.asynccontextmanager
 async def shown(
     runtime: Runtime, *, name: str, flow_run_id: str, also: Progress | None
 ) -> AsyncIterator[Progress]:
-    """Who is told how far an attempt is: the artifacts of its flow run, and `also`."""
+    """Who is told how far an attempt is: its flow run's artifacts and assets, and `also`."""
     artifacts = ArtifactProgress(
         runtime, name=name, phases=phases_of(runtime), flow_run_id=flow_run_id
     )
     async with artifacts:
-        yield artifacts if also is None else FanOut(artifacts, also)
+        yield FanOut(artifacts, Lineage(runtime), *([] if also is None else [also]))
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,12 +152,18 @@ class ArtifactProgress(RunBoard):
 
         self._artifacts = [
             artifact("progress", "progress", "Progress", lambda: round(self.percent, 1)),
+            artifact("now", "markdown", "What is done right now", self._now),
             artifact("curves", "markdown", "Curves", self._picture),
             artifact("flows", "markdown", "Flows", partial(_flows, runtime)),
             artifact("episodes", "table", "Episodes", _table(self.episodes)),
             artifact("samples", "table", "Sample completions", _table(self.sample_rows)),
+            artifact(
+                "side-by-side", "table", "The same prompts over time", _table(self.side_by_side)
+            ),
         ]
         self._log = get_run_logger()
+        self._drawn_curves: list[Curve] = []
+        self._drawn = ""
         self._said = False
         self._closing = asyncio.Event()
         self._publisher: asyncio.Task[None] | None = None
@@ -166,6 +183,8 @@ class ArtifactProgress(RunBoard):
         assert self._publisher is not None
         if isinstance(error, FencedError):
             self._publisher.cancel()  # the artifacts are the newer attempt's by now
+        if error is not None:
+            self.stopped_by = type(error).__name__
         self._closing.set()
         done, _ = await asyncio.wait([self._publisher], timeout=_LAST_UPDATE_S)
         if not done:
@@ -284,22 +303,21 @@ class ArtifactProgress(RunBoard):
 
     # ---- contents -------------------------------------------------------------------------
 
+    def _now(self) -> str | None:
+        return page(self.now()) if self.changes else None
+
     def _picture(self) -> str | None:
         curves = self.curves()
-        if not any(len(c.train) > 1 or len(c.held_out) > 1 for c in curves):
+        if not any(len(line.points) > 1 for curve in curves for line in curve.lines):
             return None
-        picture = base64.b64encode(draw(curves).encode()).decode()
-        lines = [f"![curves](data:image/svg+xml;base64,{picture})", ""]
-        for curve in curves:
-            for points, what in ((curve.held_out, "held-out prompts"), (curve.train, "training")):
-                if len(points) > 1:
-                    (v0, first), (v1, last) = points[0], points[-1]
-                    lines.append(
-                        f"- **{curve.name}** on {what}: {first:.3g} at version {v0},"
-                        f" {last:.3g} at version {v1}"
-                    )
-                    break
-        return "\n".join(lines)
+        if curves != self._drawn_curves:
+            self._drawn_curves, self._drawn = curves, _image("curves", draw(curves))
+        return self._drawn
+
+
+def _image(what: str, svg: str) -> str:
+    """As a data URI: it is shown where nothing can be fetched, too."""
+    return f"![{what}](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
 
 
 def _flows(runtime: Runtime) -> str | None:
@@ -314,8 +332,9 @@ def _flows(runtime: Runtime) -> str | None:
     }
     if not graphs:
         return None
-    svg = draw_flows(graphs, [(pair.source, pair.target) for pair in runtime.syncs])
-    return f"![flows](data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()})"
+    return _image(
+        "flows", draw_flows(graphs, [(pair.source, pair.target) for pair in runtime.syncs])
+    )
 
 
 def _table(rows: Callable[[], Sequence[Mapping[str, Any]]]) -> Callable[[], str | None]:

@@ -4,55 +4,29 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
-from typing import Any
 
 from rich.table import Table
 
 from rlhf_flows.data import align, from_parquet, to_samples
-from rlhf_flows.errors import ConfigError
 from rlhf_flows.pools.registry import living_actors, release_actors
+from rlhf_flows.records.finding import find_run, open_existing_store
 from rlhf_flows.store import (
     ObjectStore,
     RunLayout,
     RunState,
     check_run_name,
-    open_store,
     read_json,
-    scan,
 )
 
-__all__ = ["list_pools", "list_runs", "release_pools", "show_run"]
+__all__ = ["list_pools", "release_pools", "show_run"]
 
 _METRICS = ("reward", "exact", "loss", "kl", "entropy", "response_length", "grad_norm")
 
 
-def list_runs(url: str) -> Table:
-    """Every run of a store, with how far it has come."""
-    store = open_store(url)
-    names = sorted({i.key.split("/", 1)[0] for i in store.list() if i.key.endswith("/run.json")})
-    table = Table("run", "started", "episodes", "attempts", title=f"runs in {store.url}")
-    for name in names:
-        state = scan(store, name)
-        record = read_json(store, RunLayout(name).run_json)
-        table.add_row(
-            name,
-            record["created_at"],
-            f"{state.trained_episodes} of {_num_episode(record)}",
-            str(len(state.attempts)),
-        )
-    return table
-
-
-def _num_episode(record: dict[str, Any]) -> str:
-    return str(record["config"].get("runtime", {}).get("num_episode", "?"))
-
-
 def show_run(url: str, run: str, *, samples: int) -> Iterator[Table]:
     """Episodes, evaluations, and samples of the last scored shard, a table each."""
-    store = open_store(url)
-    state = scan(store, check_run_name(run))
-    if not state.exists:
-        raise ConfigError(f"there is no run {run!r} in {store.url}: `rlhf-flows ls` lists them")
+    store = open_existing_store(url)
+    state = find_run(store, run)
     yield _episodes(store, run, state)
     if state.evaluations:
         yield _evaluations(store, run, state)

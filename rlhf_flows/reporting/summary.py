@@ -49,6 +49,7 @@ def summarize(result: RecipeResult, *, total_seconds: float, flow_run_url: str) 
             "before": dict(run.evaluations[versions[0]]) if versions else {},
             "after": dict(run.evaluations[versions[-1]]) if versions else {},
         },
+        "left_out": list(run.left_out),
         "evaluations": {str(v): dict(run.evaluations[v]) for v in versions},
         "episodes": [dict(run.episodes[e]) for e in sorted(run.episodes)],
         "seconds": {**{k: round(v, 3) for k, v in result.seconds.items()},
@@ -68,10 +69,14 @@ def print_summary(console: Console, result: RecipeResult, summary: Mapping[str, 
     if objective in after and len(summary["evaluations"]) == 1:
         console.print(f"[bold]{objective}: {after[objective]:.2f}[/]   (version {_only(summary)})")
     elif objective in before and objective in after:
+        first = min(result.run.evaluations)
         console.print(
             f"[bold]{objective} on held-out prompts: {before[objective]:.2f} → "
-            f"{after[objective]:.2f}[/]   (version 0 → {summary['version']})"
+            f"{after[objective]:.2f}[/]   (version {first} → {summary['version']})"
         )
+    if result.run.left_out:
+        deleted = ", ".join(map(str, result.run.left_out))
+        console.print(f"not evaluated, as retention deleted their weights: versions {deleted}")
     curve = _curve(result)
     if len(curve) > 1:
         console.print(_plot(curve, "training reward by episode"), markup=False, highlight=False)

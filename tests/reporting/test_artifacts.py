@@ -25,9 +25,9 @@ from rlhf_flows.tasks import NoProgress, Runtime
 RUN = "a-run"
 
 
-def artifacts_of(folder: Path, flow_run_id: str, *, num_episode: int = 2) -> ArtifactProgress:
+def a_runtime(folder: Path, *, num_episode: int = 2) -> Runtime:
     store = open_store(folder)
-    runtime = Runtime(
+    return Runtime(
         config=EngineConfig.model_validate({"runtime": {"num_episode": num_episode}}),
         run=RUN,
         attempt=1,
@@ -43,6 +43,10 @@ def artifacts_of(folder: Path, flow_run_id: str, *, num_episode: int = 2) -> Art
         dataset=None,
         eval_dataset=None,
     )
+
+
+def artifacts_of(folder: Path, flow_run_id: str, *, num_episode: int = 2) -> ArtifactProgress:
+    runtime = a_runtime(folder, num_episode=num_episode)
     phases = {"training": range(num_episode)}
     return ArtifactProgress(runtime, name="My Engine", phases=phases, flow_run_id=flow_run_id)
 
@@ -86,7 +90,7 @@ async def test_a_second_attempt_of_a_flow_run_updates_the_artifacts_of_the_first
 
     artifacts = await found(await attempts())
     assert set(artifacts) == {
-        f"my-engine-{k}" for k in ("progress", "curves", "episodes", "samples")
+        f"my-engine-{k}" for k in ("progress", "now", "curves", "episodes", "samples")
     }
     assert artifacts["my-engine-progress"].data == 100
     rows = json.loads(artifacts["my-engine-episodes"].data)
