@@ -72,6 +72,7 @@ async def _train_again(runtime: Runtime, node: Node, episode: int) -> None:
         runtime.attempt,
         what=f"the digests of version {episode + 1} of {node.module}",
         timeout_s=runtime.config.runtime.train_timeout_s,
+        as_held=True,
     )
     committed = (await runtime.weights.checkpoint_of(node.module, episode + 1)).digests
     if digests != committed:

@@ -23,7 +23,7 @@ from rlhf_flows.pools.messages import SOURCE
 from rlhf_flows.tasks.bisection import Failure, find_culprits
 from rlhf_flows.tasks.runtime import Runtime
 
-__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard"]
+__all__ = ["Blame", "PhaseGraph", "ShardJob", "mean_metrics", "run_shard", "volume"]
 
 logger = logging.getLogger(__name__)
 
@@ -290,3 +290,10 @@ def mean_metrics(reports: Sequence[Mapping[str, tuple[float, int]]]) -> dict[str
             total, count = sums.get(name, (0.0, 0))
             sums[name] = (total + mean * rows, count + rows)
     return {name: total / count for name, (total, count) in sums.items() if count}
+
+
+def volume(reports: Sequence[NodeReport]) -> dict[str, float]:
+    """How much was made: `rows`, and where completions have tokens, their `tokens`."""
+    lengths = [r.metrics["response_length"] for r in reports if "response_length" in r.metrics]
+    made = {"rows": float(sum(r.rows for r in reports))}
+    return made | {"tokens": sum(mean * rows for mean, rows in lengths)} if lengths else made

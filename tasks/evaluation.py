@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
@@ -22,12 +23,12 @@ from rlhf_flows.data.quarantine import Blamed
 from rlhf_flows.errors import DataDamageError, ShardDamageError, UserError
 from rlhf_flows.graph import BATCH, Graph
 from rlhf_flows.pools import Source
-from rlhf_flows.pools.shards import metrics_of
+from rlhf_flows.pools.shards import metrics_of, previews_of
 from rlhf_flows.store import EvaluationState, ObjectStore, commit_json, read_json
 from rlhf_flows.tasks.bisection import Failure
 from rlhf_flows.tasks.catching_up import ensure_trained
 from rlhf_flows.tasks.dispatch import PhaseGraph, ShardJob, mean_metrics, run_shard
-from rlhf_flows.tasks.quarantine import refuse_more
+from rlhf_flows.tasks.quarantine import refuse_more, tell_blamed
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
 from rlhf_flows.together import together
@@ -35,6 +36,9 @@ from rlhf_flows.together import together
 __all__ = ["evaluated_batches", "evaluation", "evaluation_digest"]
 
 logger = logging.getLogger(__name__)
+
+_SHARDS_SHOWN = 2
+"""Of an evaluation, whose samples are shown: the first, whose prompts are the same each time."""
 
 
 @task(name="evaluation", task_run_name="evaluation of version {version}", **PHASE)
@@ -48,6 +52,7 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
     if state is not None and state.done:
         payload = await asyncio.to_thread(read_json, runtime.store, done_key)
         keys = [state.shards[i] for i in sorted(state.shards)]
+        runtime.progress.held_out(version, payload.get("previews", ()))
         return _finished(runtime, version, 0.0, payload["metrics"], keys)
     await ensure_trained(runtime, "evaluation", version)
     found = _Evaluation(runtime, version, digest)
@@ -61,8 +66,10 @@ async def evaluation(runtime: Runtime, version: int) -> dict[str, Any]:
         "rows": found.plan.num_samples - len(found.blamed),
         "quarantined": [found.blamed[name].to_json() for name in sorted(found.blamed)],
         "metrics": metrics,
+        "previews": found.previews(),
         "seconds": seconds,
     }
+    runtime.progress.held_out(version, payload["previews"])
     commit = await asyncio.to_thread(commit_json, runtime.store, done_key, payload)
     return _finished(runtime, version, seconds, commit.payload["metrics"], keys)
 
@@ -79,7 +86,7 @@ def _post_process(runtime: Runtime, version: int, keys: Sequence[str]) -> dict[s
     assert runtime.post_process is not None
     results = evaluated_batches(runtime.evaluator, runtime.store, keys)
     about = {
-        "run": runtime.run,
+        "run": runtime.layout.run,
         "policy_version": version,
         "episode_iteration": version,
         "train_iteration": version,
@@ -106,6 +113,7 @@ class _Evaluation:
         """By sample id."""
         self.keys: dict[int, str] = {}
         """Of the shards that are there, by index."""
+        self._previews: dict[int, Sequence[Mapping[str, Any]]] = {}
         self._runtime = runtime
         self._version, self._digest = version, digest
         self._phase = PhaseGraph.of("evaluation", graph, frozenset(n.id for n in graph.nodes))
@@ -130,6 +138,11 @@ class _Evaluation:
             made = [group.create_task(self._make(i, g)) for i, g in generations.items()]
         return mean_metrics([*found, *(m.result() for m in made)])
 
+    def previews(self) -> list[dict[str, Any]]:
+        """Some samples, of the first shards that have any."""
+        shards = [self._previews[i] for i in sorted(self._previews)[:_SHARDS_SHOWN]]
+        return [_as_json(preview) for some in shards for preview in some]
+
     def _read(self, index: int, key: str) -> dict[str, tuple[float, int]]:
         """The metrics of a shard that is there, and who was left out of it."""
         store = self._runtime.store
@@ -137,6 +150,7 @@ class _Evaluation:
             batch = from_parquet(store.get(key))
         except DataDamageError as e:
             raise ShardDamageError(f"the shard {store.url}/{key} is damaged: {e}", key=key) from e
+        self._previews[index] = previews_of(batch)
         there = set(batch["sample_id"])
         for name in self._columns(index)["sample_id"]:
             if name not in there:
@@ -165,6 +179,7 @@ class _Evaluation:
             try:
                 _, report = await run_shard(runtime, self._phase, job, blame=self._blame)
                 metrics = dict(report.metrics)
+                self._previews[index] = report.previews
                 if report.adopted:
                     metrics = await asyncio.to_thread(self._read, index, report.key)
             except ShardDamageError as damage:
@@ -181,10 +196,11 @@ class _Evaluation:
             self.blamed[name] = Blamed(
                 sample_id=name, phase="evaluation", module=f.module, cause=f.cause
             )
-        where = f"evaluation of version {self._version} of run {self._runtime.run!r}"
+        where = f"evaluation of version {self._version} of run {self._runtime.layout.run!r}"
         refuse_more(self._runtime, where, list(self.blamed.values()))
         for name in culprits:
             logger.warning("%s goes on without %s", where, name)
+            tell_blamed(self._runtime, self.blamed[name], version=self._version)
         return culprits.keys()
 
     def _columns(self, index: int) -> dict[str, list[Any]]:
@@ -192,6 +208,15 @@ class _Evaluation:
         columns = self.plan.samples(index)
         names = [f"v{self._version:06d}{i[len('e000000') :]}" for i in columns["sample_id"]]
         return {**columns, "sample_id": names}
+
+
+def _as_json(preview: Mapping[str, Any]) -> dict[str, Any]:
+    """What of it a record can hold: a reward that is no number is for the shard to tell."""
+    return {
+        name: value
+        for name, value in preview.items()
+        if isinstance(value, str | int) or (isinstance(value, float) and math.isfinite(value))
+    }
 
 
 def _finished(
@@ -202,17 +227,21 @@ def _finished(
 
 
 def evaluation_digest(runtime: Runtime) -> str:
-    """Names an evaluation by what it computes: its prompts, its calls, its seed."""
+    """Names an evaluation by what it computes: its prompts, its calls, its seed. How a run samples
+    and rewards is fixed by its configuration, and part of the name where a backfill does otherwise.
+    """
     graph, dataset = runtime.evaluator, runtime.eval_dataset
     assert graph is not None
     assert dataset is not None
     settings = runtime.config.runtime
-    what = {
+    what: dict[str, Any] = {
         "dataset": dataset.digest,
         "calls": [n.call for n in graph.nodes],
         "samples": settings.eval_num_inference_per_prompt,
         "seed": settings.seed,
     }
+    if runtime.backfill is not None and runtime.backfill.settings is not None:
+        what["settings"] = runtime.backfill.settings
     return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]
 
 

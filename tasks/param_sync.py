@@ -1,6 +1,7 @@
 """Param sync: the new weights into every replica that samples with them, checked twice.
 
-The digest of the bytes is checked before they are loaded, log-probabilities of probe sequences
+Replicas that take the same weights share one stream of them, whichever module they are of. The
+digest of the bytes is checked before they are loaded, log-probabilities of probe sequences
 after: some engines re-lay weights as they load, so they cannot be read back.
 """
 
@@ -8,12 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from typing import Any
 
 from prefect import task
 
 from rlhf_flows.errors import SyncError
-from rlhf_flows.pools import Pool, Replica
+from rlhf_flows.pools import Pool
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
 from rlhf_flows.tasks.weights import SyncPair
@@ -35,30 +37,51 @@ async def param_sync(runtime: Runtime, version: int) -> dict[str, Any]:
     due = [pair for pair in runtime.syncs if runtime.is_due(pair.target, version)]
     runtime.progress.started("param_sync", version, len(due))
     async with together() as group:
-        syncs = [group.create_task(_sync(runtime, pair, version)) for pair in due]
-    gaps = [sync.result() for sync in syncs]
+        syncs = [group.create_task(_sync(runtime, pairs, version)) for pairs in _alike(due)]
+    gaps = [gap for sync in syncs for gap in sync.result()]
     seconds = time.perf_counter() - started
     metrics = {"probe_gap": max(found)} if (found := [g for g in gaps if g is not None]) else {}
     runtime.progress.finished("param_sync", version, seconds, metrics)
     return {"version": version, "seconds": seconds, **metrics}
 
 
-async def _sync(runtime: Runtime, pair: SyncPair, version: int) -> float | None:
-    pool = runtime.pools[pair.target]
-    async with pool.moving:
-        async with together() as group:
-            for replica in pool.replicas:
-                group.create_task(_bring(runtime, pool, replica, version))
+def _alike(due: Sequence[SyncPair]) -> list[list[SyncPair]]:
+    """Pairs whose targets take the same weights, and so share a stream."""
+    groups: dict[tuple[str, str], list[SyncPair]] = {}
+    for pair in due:
+        groups.setdefault((pair.source, pair.average), []).append(pair)
+    return list(groups.values())
+
+
+async def _sync(
+    runtime: Runtime, pairs: Sequence[SyncPair], version: int
+) -> Sequence[float | None]:
+    pools = {pair.target: runtime.pools[pair.target] for pair in pairs}
+    async with AsyncExitStack() as still:
+        for name in sorted(pools):  # in one order, whoever else asks for several
+            await still.enter_async_context(pools[name].moving)
+        await _bring(runtime, pairs[0], list(pools.values()), version)
         if not runtime.config.runtime.sync_probe:
-            return None
-        return await _probe(runtime, pair, version)
+            return []
+        async with together() as group:
+            probes = [group.create_task(_probe(runtime, pair, version)) for pair in pairs]
+        return [probe.result() for probe in probes]
 
 
-async def _bring(runtime: Runtime, pool: Pool, replica: Replica, version: int) -> None:
-    if not replica.alive:
-        await pool.rebuild(replica)
-    if replica.version != version:
-        await runtime.weights.bring_to(pool, replica, version)
+async def _bring(runtime: Runtime, pair: SyncPair, pools: Sequence[Pool], version: int) -> None:
+    """All replicas of the pools, which follow the same weights as the target of `pair`."""
+    every = [(pool, replica) for pool in pools for replica in pool.replicas]
+    async with together() as group:
+        for pool, replica in every:
+            if not replica.alive:
+                group.create_task(pool.rebuild(replica))
+    behind = [(pool, replica) for pool, replica in every if replica.version != version]
+    if version:
+        await runtime.weights.bring_all(pair, behind, version)
+    else:
+        async with together() as group:
+            for pool, replica in behind:
+                group.create_task(runtime.weights.bring_to(pool, replica, version))
 
 
 async def _probe(runtime: Runtime, pair: SyncPair, version: int) -> float | None:

@@ -1,4 +1,6 @@
-"""How far a run is, told as it happens; whoever wants to know implements `Progress`."""
+"""How far a run is, and what went wrong on the way, told as it happens; whoever wants to know
+implements `Progress`.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ __all__ = ["NoProgress", "Progress"]
 
 
 class Progress(Protocol):
-    """Who wants to know how far it is: the terminal, the artifacts of the UI."""
+    """Who wants to know how far it is: the terminal, the artifacts of the UI, events.
+
+    An incident is told by its kind (`services.event_names.INCIDENTS`), in words, and by numbers
+    and names.
+    """
 
     def begin(self, run: str, num_episode: int) -> None: ...
     def started(self, phase: str, number: int, total: int) -> None: ...
@@ -18,6 +24,10 @@ class Progress(Protocol):
         self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
     ) -> None: ...
     def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
+    def incident(self, kind: str, what: str, facts: Mapping[str, Any]) -> None: ...
+    def held_out(self, version: int, previews: Sequence[Mapping[str, Any]]) -> None:
+        """Some samples of an evaluation, of the same prompts and draws for every version."""
+        ...
 
 
 class NoProgress:
@@ -30,3 +40,5 @@ class NoProgress:
         self, phase: str, number: int, seconds: float, metrics: Mapping[str, float]
     ) -> None: ...
     def samples(self, episode: int, previews: Sequence[Mapping[str, Any]]) -> None: ...
+    def incident(self, kind: str, what: str, facts: Mapping[str, Any]) -> None: ...
+    def held_out(self, version: int, previews: Sequence[Mapping[str, Any]]) -> None: ...

@@ -17,7 +17,7 @@ from rlhf_flows.tasks.bisection import Failure
 from rlhf_flows.tasks.dispatch import Blame
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
 
-__all__ = ["blame_in_episode", "refuse_more"]
+__all__ = ["blame_in_episode", "refuse_more", "tell_blamed"]
 
 logger = logging.getLogger(__name__)
 
@@ -62,3 +62,16 @@ async def _record(runtime: Runtime, data: EpisodeData, blamed: Blamed) -> None:
     standing = Blamed.from_json(commit.payload)
     data.quarantine.add(standing)
     logger.warning("run %s: quarantined, with its group: %s", runtime.run, standing)
+    tell_blamed(runtime, standing, episode=plan.episode)
+
+
+def tell_blamed(runtime: Runtime, blamed: Blamed, **where: int) -> None:
+    """As an incident."""
+    runtime.incident(
+        "quarantine",
+        f"left out, with its group: {blamed}",
+        sample=blamed.sample_id,
+        phase=blamed.phase,
+        module=blamed.module,
+        **where,
+    )

@@ -83,6 +83,7 @@ async def _ask(runtime: Runtime, node: Node, episodes: Sequence[EpisodeData]) ->
                 *[table for shards in tables for shard in shards for table in shard],
                 what=f"relaying samples of episode {newest.episode} to {node.module}",
                 timeout_s=settings.train_timeout_s,
+                as_held=True,
             )
         except ShardDamageError as damage:
             parts = parse_key(runtime.run, damage.key)

@@ -120,6 +120,6 @@ async def _samplers_at_rest(
 ) -> AsyncIterator[None]:
     """Inside, no param sync moves the modules of the phase. Not to be nested."""
     async with AsyncExitStack() as still:
-        for module in _versions(runtime, data, phase):
+        for module in sorted(_versions(runtime, data, phase)):
             await still.enter_async_context(runtime.pools[module].moving)
         yield

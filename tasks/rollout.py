@@ -7,8 +7,9 @@ from typing import Any
 
 from prefect import task
 
+from rlhf_flows.pools import NodeReport
 from rlhf_flows.tasks.catching_up import ensure_trained
-from rlhf_flows.tasks.dispatch import mean_metrics
+from rlhf_flows.tasks.dispatch import mean_metrics, volume
 from rlhf_flows.tasks.repair import make_sound
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
@@ -28,15 +29,16 @@ async def rollout(runtime: Runtime, episode: int) -> dict[str, Any]:
     runtime.progress.started("rollout", episode, len(data.plan.shards))
     runtime.progress.advanced("rollout", episode, data.rollout.num_arrived)
 
-    async def make(index: int) -> dict[str, tuple[float, int]]:
+    async def make(index: int) -> NodeReport:
         handle, report = await make_sound(runtime, data, "rollout", index)
         data.rollout.append(handle)
         runtime.progress.advanced("rollout", episode, data.rollout.num_arrived)
-        return dict(report.metrics)
+        return report
 
     async with together() as group:
         made = [group.create_task(make(index)) for index in missing]
-    metrics = mean_metrics([m.result() for m in made])
+    reports = [m.result() for m in made]
+    metrics = mean_metrics([r.metrics for r in reports]) | volume(reports)
     seconds = time.perf_counter() - started
     runtime.progress.finished("rollout", episode, seconds, metrics)
     return {"episode": episode, "shards": len(missing), "seconds": seconds, **metrics}

@@ -36,6 +36,8 @@ from rlhf_flows.store import (
     read_json,
     scan,
 )
+from rlhf_flows.tasks.ahead import Ahead
+from rlhf_flows.tasks.backfill import Backfill
 from rlhf_flows.tasks.progress import NoProgress, Progress
 from rlhf_flows.tasks.weights import RunWeights, SyncPair
 
@@ -105,18 +107,21 @@ class Runtime:
         progress: Progress | None = None,
         post_process: PostProcess | None = None,
         only_evaluates: bool = False,
+        backfill: Backfill | None = None,
     ) -> None:
         """
         Args:
             post_process: Looks at what an evaluation found; its numbers join the metrics.
             only_evaluates: Nothing is trained but what is.
+            backfill: What lies in the store is another run's, which is evaluated; `state` is of
+                that one. `run` and `attempt` stay those of who evaluates it.
         """
         self.config = config
         self.run = run
         self.attempt = attempt
         self.store = store
         self.state = state
-        self.layout = RunLayout(run)
+        self.layout = RunLayout(run if backfill is None else backfill.run)
         self.pools = pools
         self.environment = environment
         self.rollout_nodes = rollout_nodes
@@ -129,10 +134,11 @@ class Runtime:
         self.progress: Progress = progress or NoProgress()
         self.post_process = post_process
         self.only_evaluates = only_evaluates
+        self.backfill = backfill
         self.num_episode = state.trained_episodes if only_evaluates else config.runtime.num_episode
         self.weights = RunWeights(
             config=config,
-            run=run,
+            run=self.layout.run,
             attempt=attempt,
             store=store,
             pools=pools,
@@ -140,6 +146,7 @@ class Runtime:
             syncs=self.syncs,
             deleted=state.deleted,
         )
+        self.ahead = Ahead(state.trained_episodes)
         self._buried: dict[tuple[ShardPhase, int, int], int] = {}
         """(phase, episode, shard index) -> newest generation that this attempt found damaged."""
         self._episodes: dict[int, EpisodeData] = {}
@@ -147,6 +154,11 @@ class Runtime:
         self._planning = asyncio.Lock()
         for pool in pools.values():
             pool.bring_to = self.weights.bring_to
+            pool.on_incident = self.incident
+
+    def incident(self, kind: str, what: str, **facts: Any) -> None:
+        """Tells whoever wants to know that something went wrong (`Progress`)."""
+        self.progress.incident(kind, what, facts)
 
     # ---- plans and streams ----------------------------------------------------------------
 
@@ -210,7 +222,7 @@ class Runtime:
 
     async def look_again(self) -> None:
         """Lists the run anew: what this attempt made and let go of is there, too."""
-        self.state = await asyncio.to_thread(scan, self.store, self.run)
+        self.state = await asyncio.to_thread(scan, self.store, self.layout.run)
 
     def forget(self, number: int) -> None:
         """Lets go of an episode's references; the store keeps the shards."""
@@ -363,7 +375,7 @@ class Runtime:
 
         Raises StoreDamageError where that has happened too often to one shard.
         """
-        parts = parse_key(self.run, damage.key)
+        parts = parse_key(self.layout.run, damage.key)
         assert parts is not None
         if parts.generation + 1 >= _MOST_GENERATIONS:
             raise StoreDamageError(
@@ -383,6 +395,8 @@ class Runtime:
         payload = {"damaged": damage.key, "cause": str(damage), "attempt": self.attempt}
         await asyncio.to_thread(commit_json, self.store, key, payload)
         logger.warning("%s: it is made again as generation %d", damage, parts.generation + 1)
+        what = f"{damage}: it is made again"
+        self.incident("shard-repair", what, shard=damage.key, generation=parts.generation + 1)
         return parts
 
     # ---- who asks whom ----------------------------------------------------------------------

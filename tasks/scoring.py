@@ -9,7 +9,7 @@ from prefect import task
 
 from rlhf_flows.pools import NodeReport
 from rlhf_flows.tasks.catching_up import ensure_trained
-from rlhf_flows.tasks.dispatch import mean_metrics
+from rlhf_flows.tasks.dispatch import mean_metrics, volume
 from rlhf_flows.tasks.repair import make_sound
 from rlhf_flows.tasks.retrying import PHASE
 from rlhf_flows.tasks.runtime import Runtime
@@ -47,7 +47,7 @@ async def scoring(runtime: Runtime, episode: int) -> dict[str, Any]:
         else:
             made += [group.create_task(make(index)) for index in sorted(missing)]
     reports = [m.result() for m in made]
-    metrics = mean_metrics([r.metrics for r in reports])
+    metrics = mean_metrics([r.metrics for r in reports]) | volume(reports)
     seconds = 0.0 if started is None else time.perf_counter() - started
     previews = sorted((r.shard, r.previews) for r in reports)
     runtime.progress.samples(episode, [p for _, some in previews[:2] for p in some])

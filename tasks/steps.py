@@ -17,7 +17,7 @@ from typing import Any
 from rlhf_flows.data.plan import GroupRef, training_batches
 from rlhf_flows.errors import InputLostError, NotBegunError, ShardDamageError
 from rlhf_flows.graph import Node
-from rlhf_flows.pools import Pool, Replica, Source, StoredShard, TrainCall, TrainRows
+from rlhf_flows.pools import NO_VERSION, Pool, Replica, Source, StoredShard, TrainCall, TrainRows
 from rlhf_flows.tasks.relay import relay_batches, relay_samples, takes_relayed
 from rlhf_flows.tasks.repair import repair
 from rlhf_flows.tasks.runtime import EpisodeData, Runtime
@@ -72,6 +72,7 @@ async def train_episode(
             runtime.progress.advanced("training", data.plan.episode, index + 1)
     for node in nodes:
         _refuse_blame(data, node, given[node.module])
+    _are_trained(runtime, nodes, data.plan.episode + 1)
     return _over_updates(measured)
 
 
@@ -90,12 +91,13 @@ async def _train_relayed(
         measured.append(_merge_metrics(nodes, [step.result() for step in steps]))
         if report:
             runtime.progress.advanced("training", data.plan.episode, call.index + 1)
+    _are_trained(runtime, nodes, data.plan.episode + 1)
     return _over_updates(measured)
 
 
 async def _relayed_step(runtime: Runtime, node: Node, call: TrainCall) -> Mapping[str, float]:
     pool, replica = trainer_of(runtime, node)
-    replica.state = replace(replica.state, clean=False)
+    _leaves(replica)
     assert runtime.trainer is not None
     wants: Any = runtime.trainer.modules[node.module]
     whole = call.episode_rows if wants.wants_episode(call.num_updates) else None
@@ -105,6 +107,7 @@ async def _relayed_step(runtime: Runtime, node: Node, call: TrainCall) -> Mappin
         replace(call, method=node.method, episode_rows=whole),
         what=f"{what} ({node.label})",
         timeout_s=runtime.config.runtime.train_timeout_s,
+        as_held=True,
     )
     return metrics
 
@@ -136,7 +139,7 @@ async def _step(
             await data.rollout.wait_for(new, timeout_s=timeout_s)
     what = f"step {index + 1} of {len(batches)} of training of episode {episode} ({node.label})"
     pool, replica = trainer_of(runtime, node)
-    replica.state = replace(replica.state, clean=False)
+    _leaves(replica)
     from_store = False
     while True:
         _refuse_blame(data, node, given)
@@ -158,7 +161,7 @@ async def _step(
         complete, tables = _shards(runtime, data, call, new, from_store=from_store)
         try:
             metrics: Mapping[str, float] = await pool.call(
-                "train", complete, *tables, what=what, timeout_s=timeout_s
+                "train", complete, *tables, what=what, timeout_s=timeout_s, as_held=True
             )
         except ShardDamageError as damage:
             # The worker reads all shards before it does anything: the call can be made again. Who
@@ -228,12 +231,26 @@ def trainer_of(runtime: Runtime, node: Node) -> tuple[Pool, Replica]:
     return pool, replica
 
 
+def _leaves(replica: Replica) -> None:
+    """It is about to train: at no version from here on."""
+    replica.state = replace(replica.state, clean=False, trained=NO_VERSION)
+
+
+def _are_trained(runtime: Runtime, nodes: Sequence[Node], version: int) -> None:
+    for node in nodes:
+        _, replica = trainer_of(runtime, node)
+        replica.state = replace(replica.state, trained=version)
+
+
 def tell_committed(runtime: Runtime, node: Node, version: int) -> None:
     """Tells the trainer. Its calls run in order, so that its next one knows; no answer is needed:
-    one that died is found at its next call, and comes back from the commit."""
+    one that died is found at its next call, and comes back from the commit. One that trains on
+    already does not mind.
+    """
     pool, replica = trainer_of(runtime, node)
     pool.tell(replica, "committed", version)
-    replica.state = replace(replica.state, version=version, clean=True)
+    if replica.state.trained == version:
+        replica.state = replace(replica.state, version=version, clean=True, trained=NO_VERSION)
 
 
 # ---- metrics ----------------------------------------------------------------------------------

@@ -7,19 +7,17 @@ plans and samples.
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_flows.config import EngineConfig
-from rlhf_flows.errors import NotBegunError, PoolError, StoreDamageError, SyncError
-from rlhf_flows.pools import CheckpointRecord, Pool, Replica, WeightsSource
+from rlhf_flows.errors import NotBegunError, PoolError, StoreDamageError
+from rlhf_flows.pools import NO_VERSION, CheckpointRecord, Pool, Receiver, Replica, deliver
 from rlhf_flows.store import ObjectStore, RunLayout, read_json
+from rlhf_flows.together import together
 
 __all__ = ["RunWeights", "SyncPair"]
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +65,6 @@ class RunWeights:
         self._run, self._attempt, self._store = run, attempt, store
         self._layout = RunLayout(run)
         self._pools, self._trained, self._syncs = pools, trained, syncs
-        self._sending: dict[tuple[str, str, int], asyncio.Future[Any]] = {}
 
     def versions_without_weights(self) -> set[int]:
         """Trained versions whose weights retention has deleted, or began to."""
@@ -113,69 +110,75 @@ class RunWeights:
             f" with engine.set_parameter_sync(trainer, {target})"
         )
 
-    async def weights_of(self, pair: SyncPair, version: int) -> WeightsSource | None:
-        """What the target of a pair holds at `version`, as Ray objects, if the trainer holds that
-        version and is at rest.
-        """
-        module = pair.source
-        key = (module, pair.average, version)
-        if module not in self._pools:
-            return None
-        if key not in self._sending:
-            (replica,) = self._pools[module].replicas
-            state, busy = replica.state, bool(replica.working_on)
-            if not replica.alive or busy or not state.clean or state.version != version:
-                return None
-            # Packed once, whoever asks while it is being packed.
-            sending = self._pools[module].call(
-                "send_weights",
-                self._attempt,
-                version,
-                self._settings.sync_bucket_bytes,
-                pair.average,
-                what=f"packing the weights of version {version}",
-                timeout_s=self._settings.sync_timeout_s,
-            )
-            self._sending[key] = asyncio.ensure_future(sending)
-            self._sending[key].add_done_callback(lambda _: self._sending.pop(key, None))
-        source: WeightsSource | None = await asyncio.shield(self._sending[key])
-        return source
-
     async def bring_to(self, pool: Pool, replica: Replica, version: int) -> None:
-        """Brings one replica of a sampler to a policy version: from the trainer, else the store.
-
-        A failed load leaves an engine in no known state: the replica is then replaced, and loads
+        """Brings one replica to a policy version: a sampler as `bring_all` does, a trained module
         from the store.
         """
-        is_trained = pool.name in self._trained
-        pair = None if is_trained else self.pair_of(pool.name)
         if version == 0:
             if replica.version != 0:
                 await pool.rebuild(replica)
-            return
-        if pair is None:
+        elif pool.name in self._trained:
             await self._restore_trained(pool, replica, version)
-            return
-        timeout_s = self._settings.sync_timeout_s
-        for is_last in (False, True):
-            source = None if is_last else await self.weights_of(pair, version)
-            args: tuple[Any, ...]
-            if source is not None:
-                method, args = "receive_weights", (source, timeout_s)
-            else:
-                method, args = "restore", (await self.followed(pair, version), version)
-            what = f"loading the weights of version {version}"
-            try:
-                replica.state = await pool.on_replica(
-                    replica, method, self._attempt, *args, what=what, timeout_s=timeout_s
+        else:
+            await self.bring_all(self.pair_of(pool.name), [(pool, replica)], version)
+
+    async def bring_all(self, pair: SyncPair, receivers: Sequence[Receiver], version: int) -> None:
+        """Brings replicas of samplers to version 1 or more: from the trainer, all by one stream,
+        else from the store. The caller holds them.
+
+        Args:
+            pair: That of one of them; all follow the same weights, or are of the one module that
+                follows an average.
+
+        Raises:
+            TransientError: the trainer or a replica died, or was too slow. Replicas in the middle
+                of a load are replaced before they work again.
+            SyncError: the weights of the store do not load either.
+        """
+        left = receivers
+        if receivers and self._can_send(pair, version):
+            left = await deliver(
+                self._pools[pair.source],
+                receivers,
+                version=version,
+                bucket_bytes=self._settings.sync_bucket_bytes,
+                average=pair.average,
+                committed=(await self.followed(pair, version)).digest,
+                timeout_s=self._settings.sync_timeout_s,
+            )
+            for pool, replica in left:
+                pool.tell_incident(
+                    "sync-fallback",
+                    f"the weights of version {version} did not come from {pair.source!r} to replica"
+                    f" {replica.index} of pool {pool.name!r}, and are read from the store",
+                    replica=replica.index,
+                    version=version,
                 )
-            except SyncError as e:
-                if is_last:
-                    raise
-                logger.warning("%s", e)
-                await pool.rebuild(replica)
-            else:
-                return
+        async with together() as group:
+            for pool, replica in left:
+                group.create_task(self._restore(pool, replica, version))
+
+    def _can_send(self, pair: SyncPair, version: int) -> bool:
+        """Whether the trainer holds that version and is at rest."""
+        if pair.source not in self._pools:
+            return False
+        (replica,) = self._pools[pair.source].replicas
+        is_at_rest = replica.alive and not replica.working_on and not replica.unanswered
+        return is_at_rest and replica.state.clean and replica.version == version
+
+    async def _restore(self, pool: Pool, replica: Replica, version: int) -> None:
+        """A sampler from the store."""
+        if replica.version == NO_VERSION:
+            await pool.rebuild(replica)  # a failed load leaves an engine in no known state
+        replica.state = await pool.on_replica(
+            replica,
+            "restore",
+            self._attempt,
+            await self.followed(self.pair_of(pool.name), version),
+            version,
+            what=f"loading the weights of version {version}",
+            timeout_s=self._settings.sync_timeout_s,
+        )
 
     async def _restore_trained(self, pool: Pool, replica: Replica, version: int) -> None:
         record = await self.checkpoint_of(pool.name, version)

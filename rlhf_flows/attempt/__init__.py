@@ -8,7 +8,7 @@ actor starts.
 """
 
 from rlhf_flows.attempt.checks import check
-from rlhf_flows.attempt.claims import check_store, claim_run, new_run_name, open_probed_store
+from rlhf_flows.attempt.claims import check_store, claim_run, open_probed_store
 from rlhf_flows.attempt.description import (
     Checked,
     Description,
@@ -17,6 +17,7 @@ from rlhf_flows.attempt.description import (
     Part,
     Trainer,
 )
+from rlhf_flows.attempt.names import fill_in, is_template, named_by_flow_run, new_run_name
 from rlhf_flows.attempt.running import run_as_flow
 from rlhf_flows.attempt.stopping import without_abort
 
@@ -30,6 +31,9 @@ __all__ = [
     "check",
     "check_store",
     "claim_run",
+    "fill_in",
+    "is_template",
+    "named_by_flow_run",
     "new_run_name",
     "open_probed_store",
     "run_as_flow",

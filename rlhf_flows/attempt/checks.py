@@ -14,6 +14,7 @@ from rlhf_flows.attempt.module_checks import (
     check_travels,
     check_weights,
 )
+from rlhf_flows.attempt.parents import begin_from_parent
 from rlhf_flows.attempt.placement import check_fits_here
 from rlhf_flows.attempt.shares import Share, shares_of
 from rlhf_flows.config import EngineConfig, RuntimeEnvConfig
@@ -52,6 +53,7 @@ def check(description: Description) -> Checked:
             check_methods(graph, modules, trains=False)
     trained = frozenset() if trainer is None else {n.module for n in trainer.nodes}
     check_weights(modules, trained=trained, followers=[pair.target for pair in description.syncs])
+    begin_from_parent(description.config, modules, trained=trained, syncs=description.syncs)
     if environment is not None and description.config.runtime.max_staleness:
         for name in sorted(trained & environment.modules.keys()):
             raise ConfigError(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import secrets
-import time
 from typing import Any
 
 from rlhf_flows.attempt.description import Checked
+from rlhf_flows.attempt.names import fill_in, is_template
+from rlhf_flows.attempt.parents import find_parent
 from rlhf_flows.config import MAY_CHANGE, EngineConfig
 from rlhf_flows.errors import ConfigError, StoreError, StoreUnavailableError
 from rlhf_flows.store import (
@@ -20,24 +20,22 @@ from rlhf_flows.store import (
 )
 from rlhf_flows.store.patience import BRIEF_S
 
-__all__ = ["check_store", "claim_run", "new_run_name", "open_probed_store"]
+__all__ = ["check_store", "claim_run", "open_probed_store"]
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
 """A URL names another store where one of these differs."""
 _probed: set[tuple[str | None, ...]] = set()
 
 
-def new_run_name(recipe: str) -> str:
-    """A name that sorts by time, for a run that was given none."""
-    return f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}-{secrets.token_hex(2)}"
-
-
 def check_store(checked: Checked) -> None:
     """Whether the store can be used, and the run's name is free or of this configuration."""
-    if checked.config.run_name is None:
-        open_probed_store(checked.config)
-    else:
-        claim_run(checked, check_run_name(checked.config.run_name))
+    name = checked.config.run_name
+    if name is not None and not is_template(name):
+        claim_run(checked, check_run_name(name))
+        return
+    if name is not None:
+        fill_in(name)  # by what it will be filled in, only the flow run knows
+    open_probed_store(checked.config)
 
 
 def open_probed_store(config: EngineConfig) -> ObjectStore:
@@ -73,9 +71,13 @@ def claim_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
 
 def _identity(checked: Checked) -> dict[str, Any]:
     """What makes two starts the same run."""
+    parent = find_parent(checked.config)
+    # A run without a parent says nothing of one, as before there were any.
+    of_parent = {"init_from"} if parent is None else set()
     return {
         "recipe": checked.description.name,
-        **checked.config.model_dump(mode="json", exclude={"run_name", "models"}),
+        **checked.config.model_dump(mode="json", exclude={"run_name", "models", *of_parent}),
+        **({} if parent is None else {"parent": parent.to_json()}),
         # Said or not, a module's placement is the same.
         "models": {
             name: checked.config.for_model(name).model_dump(mode="json") for name in checked.modules
@@ -93,7 +95,7 @@ def _identity(checked: Checked) -> dict[str, Any]:
 
 
 def _may_change(checked: Checked) -> frozenset[str]:
-    names = set()
+    names = {"parent.store"}  # it may have moved, with the run
     for field in MAY_CHANGE:
         names |= {field.replace("*", name) for name in checked.modules}
     return frozenset(names)

@@ -11,6 +11,7 @@ from rlhf_flows.config import EngineConfig
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.graph import Graph
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.tasks.backfill import Backfill
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.runtime import DatasetInfo
 from rlhf_flows.tasks.weights import SyncPair
@@ -102,6 +103,8 @@ class Description:
     relay: Callable[[Any], Any] | None = None
     """Makes an episode's training samples of several episodes' samples."""
     only_evaluates: bool = False
+    backfill: Backfill | None = None
+    """Versions of another run, that the evaluator is asked for in place of its models."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

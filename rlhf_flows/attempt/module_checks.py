@@ -70,6 +70,8 @@ def check_weights(
         for name in sorted(names):
             kind = type(modules[name])
             for method in methods:
+                if method == "save_pretrained" and kind.is_sharded:
+                    method = "export_weights"
                 if getattr(kind, method) is getattr(BaseModule, method):
                     raise ConfigError(
                         f"module {name!r} {why}, but {kind.__name__} defines no {method}: make it"

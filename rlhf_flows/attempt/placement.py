@@ -178,8 +178,10 @@ def make_pool(
         num_threads=threads,
         lease_s=config.cluster.lease_s,
         store_retry_budget_s=config.store.retry_budget_s,
+        collective_timeout_s=config.runtime.collective_timeout_s,
         averages=averages,
         relay=None if relay is None else cloudpickle.dumps(relay),
+        works_beside=is_trained and config.runtime.max_staleness > 0,
         log_level=config.log_level,
     )
     return Pool(
@@ -202,6 +204,7 @@ def _making(spec: PoolSpec, module: BaseModule, relay: Callable[[Any], Any] | No
         "class": f"{type(module).__module__}.{type(module).__qualname__}",
         "threads": spec.num_threads,
         "ranks": spec.ranks_per_replica,
+        "collective_timeout_s": spec.collective_timeout_s if spec.ranks_per_replica > 1 else None,
         "gpu": spec.num_gpu,
         "arguments": dict(spec.context.model_args),
         "runtime_env": dict(spec.runtime_env),

@@ -17,27 +17,32 @@ from prefect.client.schemas.objects import FlowRun
 from prefect.context import FlowRunContext
 
 from rlhf_flows.attempt.checks import check
-from rlhf_flows.attempt.claims import claim_run, new_run_name
+from rlhf_flows.attempt.claims import claim_run
 from rlhf_flows.attempt.deaths import check_attempts_left
 from rlhf_flows.attempt.description import Checked, Dataset, Description
+from rlhf_flows.attempt.names import fill_in, named_by_flow_run, new_run_name
 from rlhf_flows.attempt.placement import connect_cluster, open_pools, release_left
 from rlhf_flows.attempt.stopping import FlowRunWatch, started_for, without_abort
+from rlhf_flows.backfill import is_backfilled, run_backfill
 from rlhf_flows.errors import ConfigError, StoreUnavailableError
 from rlhf_flows.flow import RunResult, is_finished, run_episodes
 from rlhf_flows.pools import Pool, watch_head
-from rlhf_flows.reporting.artifacts import shown
+from rlhf_flows.reporting.artifacts import FanOut, shown
+from rlhf_flows.reporting.events import RunEvents
 from rlhf_flows.reporting.flow_run_page import close_task_runs, warnings_shown
 from rlhf_flows.services.heartbeat import heartbeats
 from rlhf_flows.services.prefect_server import check_configured_server, kept_prefect_api
 from rlhf_flows.store import (
     Outcome,
-    check_run_name,
     end_attempt,
     scan,
     sweep_run,
     take_attempt,
 )
+from rlhf_flows.tasks.backfill import Backfill
+from rlhf_flows.tasks.guarding import check_rails
 from rlhf_flows.tasks.runtime import DatasetInfo, Runtime
+from rlhf_flows.tasks.weights import SyncPair
 from rlhf_flows.together import beside
 
 __all__ = ["run_as_flow"]
@@ -54,7 +59,7 @@ async def run_as_flow(description: Description) -> RunResult:
 
     checked = await asyncio.to_thread(check, description)
     await asyncio.to_thread(check_configured_server)
-    run = description.config.run_name or new_run_name(description.name)
+    run = fill_in(description.config.run_name or new_run_name(description.name))
     config = description.config.model_copy(update={"run_name": run})
     checked = replace(checked, description=replace(description, config=config))
     # A name that is taken, or a store that cannot be written, is known before anything starts.
@@ -93,8 +98,9 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         started: What a person or an automation stops and starts: the same, or a parent of it.
     """
     config, flow_run_id = checked.config, str(flow_run.id)
-    evaluator = checked.description.evaluator
-    run = check_run_name(config.run_name or f"{checked.description.name}-{flow_run_id}")
+    evaluator, backfill = checked.description.evaluator, checked.description.backfill
+    is_done, work = (is_finished, run_episodes) if backfill is None else _BACKFILL
+    run = named_by_flow_run(config.run_name or f"{checked.description.name}-{flow_run_id}", started)
     store, record = await asyncio.to_thread(claim_run, checked, run)
     await check_attempts_left(store, run, max_attempts=config.runtime.max_attempts)
     cluster = await connect_cluster(checked)
@@ -118,18 +124,19 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
             run=run,
             attempt=attempt.number,
             store=store,
-            state=await asyncio.to_thread(scan, store, run),
+            state=await asyncio.to_thread(scan, store, run if backfill is None else backfill.run),
             pools=pools,
             environment=checked.environment,
             rollout_nodes=checked.rollout,
             scoring_nodes=checked.scoring,
             trainer=checked.trainer,
             evaluator=checked.evaluator,
-            syncs=checked.syncs,
+            syncs=checked.syncs if backfill is None else _follows(backfill),
             dataset=_built(checked.dataset, sizes.get("train")),
             eval_dataset=_built(checked.eval_dataset, sizes.get("eval")),
             post_process=None if evaluator is None else evaluator.post_process,
-            only_evaluates=checked.description.only_evaluates,
+            only_evaluates=checked.description.only_evaluates or backfill is not None,
+            backfill=backfill,
         )
 
     watch = FlowRunWatch(started, store=store, run=run, attempt=attempt.number)
@@ -137,15 +144,21 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
     outcome: Outcome = "failed"
     try:
         found = await runtime({}, {})
-        name, also = checked.description.name, checked.description.progress
+        name, listener = checked.description.name, checked.description.progress
+        events = RunEvents(run, url=store.url, flow_run=started)
+        also = events if listener is None else FanOut(events, listener)
         shows = shown(found, name=name, flow_run_id=flow_run_id, also=also)
         async with shows as progress, beside(watch.watch()), warnings_shown():
-            if is_finished(found):
-                found.progress = progress
-                result = await run_episodes(found)
+            found.progress = progress
+            if not found.only_evaluates:
+                # Before anything is loaded for a run that would stop where it did.
+                await check_rails(found, trained_episodes=found.state.trained_episodes)
+            if is_done(found):
+                result = await work(found)
                 await release_left(checked, store, run, attempt.number, cluster)
             else:
-                resumes = found.state.trained_episodes > 0
+                # A backfill begins with what the run began with, however far that has come.
+                resumes = backfill is None and found.state.trained_episodes > 0
                 opened = open_pools(
                     checked, store, run, attempt.number, cluster, resumes=resumes, keeps=keeps
                 )
@@ -155,7 +168,7 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
                     working = await runtime(pools, sizes)
                     working.progress = progress
                     async with beside(watch_head(cluster)):
-                        result = await run_episodes(working)
+                        result = await work(working)
         outcome = "completed"
         return replace(result, flow_run_id=flow_run_id)
     except BaseException as e:
@@ -165,6 +178,13 @@ async def run_attempt(checked: Checked, flow_run: FlowRun, started: FlowRun) -> 
         await watch.tell(e)
     finally:
         await asyncio.shield(asyncio.to_thread(end_attempt, store, run, attempt.number, outcome))
+
+
+_BACKFILL = is_backfilled, run_backfill
+
+
+def _follows(backfill: Backfill) -> tuple[SyncPair, ...]:
+    return (SyncPair(source=backfill.module, target=backfill.follower),)
 
 
 def _built(dataset: Dataset | None, sizes: tuple[int, ...] | None) -> DatasetInfo | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from rlhf_flows.config import EngineConfig, ModelConfig
 from rlhf_flows.errors import ConfigError
+from rlhf_flows.modules.base import BaseModule
 
 __all__ = ["Share", "shares_of"]
 
@@ -32,25 +33,56 @@ class Share:
 
 
 def shares_of(
-    config: EngineConfig, names: Collection[str], *, trained: Collection[str]
+    config: EngineConfig, modules: Mapping[str, BaseModule], *, trained: Collection[str]
 ) -> Mapping[str, Share]:
     """The share of each module. Raises ConfigError where the numbers do not agree."""
     groups = {name: group for group in config.runtime.colocation for name in group}
     for name in groups:
-        if name not in names:
+        if name not in modules:
             raise ConfigError(
                 f"runtime.colocation names {name!r}, which no flow calls: the engine's modules are"
-                f" {', '.join(sorted(names))}"
+                f" {', '.join(sorted(modules))}"
             )
     return {
         name: _share(
             name,
-            config.for_model(name),
+            _with_sizes(f"models.{name}", config.for_model(name), module.parallel_sizes()),
             is_trained=name in trained,
             sharers=len(groups.get(name, (name,))),
         )
-        for name in names
+        for name, module in modules.items()
     }
+
+
+def _with_sizes(where: str, model: ModelConfig, sizes: Mapping[str, int]) -> ModelConfig:
+    """The section with what its module says of itself. Raises ConfigError where they differ."""
+    found = dict(sizes)
+    copies = found.pop("data_parallel_size", None)
+    for name, size in found.items():
+        said = getattr(model, name)
+        if name in model.model_fields_set and said != size:
+            raise ConfigError(
+                f"{where}.{name}={said}, but the module was made with {size}: say it in one place"
+            )
+    model = model.model_copy(update=found)
+    if copies is None:
+        return model
+    ranks = copies * _model_ranks(model)
+    if model.ranks_per_replica not in (None, ranks):
+        raise ConfigError(
+            f"{where}.ranks_per_replica={model.ranks_per_replica}, but the module was made for"
+            f" {ranks} ranks (data_parallel {copies}): say it in one place"
+        )
+    return model.model_copy(update={"ranks_per_replica": ranks})
+
+
+def _model_ranks(model: ModelConfig) -> int:
+    """Ranks of one whole model."""
+    return (
+        model.tensor_model_parallel_size
+        * model.pipeline_model_parallel_size
+        * model.expert_model_parallel_size
+    )
 
 
 def _share(name: str, model: ModelConfig, *, is_trained: bool, sharers: int) -> Share:
@@ -61,11 +93,7 @@ def _share(name: str, model: ModelConfig, *, is_trained: bool, sharers: int) -> 
             f" {'trains' if is_trained else 'does not train'} it: leave the setting out, or change"
             " the flow"
         )
-    parallel = (
-        model.tensor_model_parallel_size
-        * model.pipeline_model_parallel_size
-        * model.expert_model_parallel_size
-    )
+    parallel = _model_ranks(model)
     replicas, ranks = model.num_replica, model.ranks_per_replica
     if is_trained and replicas is not None and replicas > 1:
         raise ConfigError(
@@ -126,9 +154,5 @@ def _processes(where: str, model: ModelConfig, replicas: int | None, ranks: int 
                 f" {kind}_per_process out"
             )
         return round(count)
-    parallel = (
-        model.tensor_model_parallel_size
-        * model.pipeline_model_parallel_size
-        * model.expert_model_parallel_size
-    )
+    parallel = _model_ranks(model)
     return (replicas or 1) * (ranks or parallel)

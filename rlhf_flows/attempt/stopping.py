@@ -25,7 +25,13 @@ from prefect.exceptions import Abort, ObjectNotFound, Pause, TerminationSignal
 from prefect.logging import get_run_logger
 from prefect.states import Cancelled
 
-from rlhf_flows.errors import FencedError, RunCancelledError, StoreUnavailableError, UserError
+from rlhf_flows.errors import (
+    FencedError,
+    GuardRailError,
+    RunCancelledError,
+    StoreUnavailableError,
+    UserError,
+)
 from rlhf_flows.store import (
     ObjectStore,
     Outcome,
@@ -130,11 +136,12 @@ class FlowRunWatch:
     async def keeps_pools(self, error: BaseException, *, on_cancel: bool) -> bool:
         """Whether a next attempt should find the pools loaded.
 
-        Not after a user's mistake: waiting with loaded models for the same mistake helps nobody.
+        Not after a user's mistake, nor where a guard rail stopped the run: waiting with loaded
+        models until a person has looked helps nobody.
         """
         if await self.outcome_of(error) == "cancelled":
             return on_cancel
-        return not isinstance(error, UserError)
+        return not isinstance(error, UserError | GuardRailError)
 
     async def tell(self, error: BaseException) -> NoReturn:
         """Raises what makes Prefect's engine say of this flow run what is so, or nothing.
