@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from prefect.blocks.core import Block
 from pydantic import Field, HttpUrl, SecretStr, model_validator
@@ -20,6 +20,7 @@ class EpisodeStore(Block):
     Attributes:
         url: A folder or a bucket.
         endpoint_url: The S3 server, where it is not Amazon's.
+        addressing_style: Where the bucket's name stands.
         access_key_id: The access key.
         secret_access_key: The secret that belongs to it.
         session_token: Of temporary credentials.
@@ -53,7 +54,13 @@ class EpisodeStore(Block):
     endpoint_url: str | None = Field(
         default=None,
         title="Endpoint",
-        description="Address of an S3 server other than Amazon's; buckets are in its path.",
+        description="Address of an S3 server other than Amazon's.",
+    )
+    addressing_style: Literal["path", "virtual"] | None = Field(
+        default=None,
+        title="Addressing style",
+        description="Whether the bucket stands in the path or in front of the host; by default in"
+        " the path where there is an endpoint, else as Amazon asks for it.",
     )
     access_key_id: str | None = Field(
         default=None,
@@ -103,6 +110,7 @@ class EpisodeStore(Block):
         """
         values = {
             "AWS_ENDPOINT_URL": self.endpoint_url,
+            "RLHF_FLOWS_S3_ADDRESSING_STYLE": self.addressing_style,
             "AWS_ACCESS_KEY_ID": self.access_key_id,
             "AWS_SECRET_ACCESS_KEY": _plain(self.secret_access_key),
             "AWS_SESSION_TOKEN": _plain(self.session_token),

@@ -1,4 +1,8 @@
-"""The Ray cluster that holds the actor pools, as a block."""
+"""The Ray cluster that holds the actor pools, as a block.
+
+It has no namespace: each run has one of its own, by its name, so that its next attempt finds its
+pools and no other run can (`pools.actors.namespace_of`).
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from typing import ClassVar
 from prefect.blocks.core import Block
 from pydantic import Field, HttpUrl, SecretStr, model_validator
 
-from rlhf_flows.config import ClusterConfig
-from rlhf_flows.errors import PoolError
+from rlhf_flows.config import ClusterConfig, RuntimeEnvConfig
+from rlhf_flows.errors import PoolError, ResourcesError
 
 __all__ = ["RayCluster"]
 
@@ -40,6 +44,8 @@ class RayCluster(Block):
         address: Where the head's control service listens.
         token: The cluster's authentication token.
         token_path: A file that holds the token.
+        runtime_env: What the workers' processes need beside what is installed.
+        required_resources: What `check` expects of the cluster.
         lease_seconds: How long pools outlive their last sign of life.
         keep_pools_on_cancel: Whether those of a cancelled run do.
 
@@ -73,6 +79,17 @@ class RayCluster(Block):
         default=None,
         title="Token path",
         description="File on the worker's machine that holds the token, in place of the token.",
+    )
+    runtime_env: RuntimeEnvConfig = Field(
+        default_factory=RuntimeEnvConfig,
+        title="Runtime environment",
+        description="What the workers' processes need beside what is installed: packages, modules,"
+        " a folder to run in.",
+    )
+    required_resources: dict[str, float] = Field(
+        default_factory=dict,
+        title="Required resources",
+        description='What the check expects of the cluster, by Ray\'s names, such as {"GPU": 8}.',
     )
     num_cpus: int | None = Field(
         default=None,
@@ -132,6 +149,7 @@ class RayCluster(Block):
 
         Raises:
             PoolError: no head answers at the address, or it takes another token.
+            ResourcesError: it has less than `required_resources`.
         """
         self._check_reachable()
         config = self.to_config().model_dump_json()
@@ -153,6 +171,12 @@ class RayCluster(Block):
             said = asked.stderr.strip().splitlines()
             raise PoolError(said[-1] if said else f"exit code {asked.returncode}, nothing said")
         resources: dict[str, float] = json.loads(asked.stdout.splitlines()[-1])
+        for name, wanted in self.required_resources.items():
+            if (found := resources.get(name, 0.0)) < wanted:
+                raise ResourcesError(
+                    f"the Ray cluster at {self.address or 'this machine'} has {found:g} {name},"
+                    f" required_resources says {wanted:g}: add nodes, or lower it"
+                )
         return resources
 
     def _check_reachable(self) -> None:

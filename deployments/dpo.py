@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from rlhf_flows.deployments.fields import TrainingFields
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import DPOEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.dpo_trainer import DPOTrainer
 from rlhf_flows.models.preference_reference import PreferenceReference
 from rlhf_flows.settings import DPOSettings
@@ -23,9 +24,21 @@ __all__ = ["RECIPE", "DPOConfig", "build", "dpo"]
 class PairsRuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`; an episode is a number of pairs."""
 
-    sample_per_episode: int = Field(default=1024, ge=1, description="Pairs of one episode.")
+    form_first: ClassVar[tuple[str, ...]] = (
+        "num_episode",
+        "sample_per_episode",
+        "train_global_batch_size",
+        "seed",
+    )
+
+    sample_per_episode: int = Field(
+        default=1024, ge=1, title="Pairs per episode", description="Pairs of one episode."
+    )
     train_global_batch_size: int | None = Field(
-        default=64, ge=1, description="Pairs of one optimizer step."
+        default=64,
+        ge=1,
+        title="Pairs per training step",
+        description="Pairs of one optimizer step.",
     )
 
 
@@ -33,11 +46,16 @@ class DPOConfig(TrainingFields):
     """What `rlhf-flows train dpo` can be asked for."""
 
     dataset: DatasetSettings = Field(
-        description="Preferences: rows {prompt, chosen, rejected}, or"
-        " {prompt, pos_answers, neg_answers}."
+        title="Preferences",
+        description="A JSONL, JSON or Parquet file with rows {prompt, chosen, rejected} or"
+        " {prompt, pos_answers, neg_answers}, by path or URL.",
     )
     runtime: PairsRuntime = Field(default_factory=PairsRuntime)
-    dpo: DPOSettings = Field(default_factory=DPOSettings)
+    dpo: DPOSettings = Field(
+        default_factory=DPOSettings,
+        title="DPO",
+        description="What the model learns from a pair of completions.",
+    )
 
 
 def build(config: DPOConfig) -> DPOEngine:
@@ -51,7 +69,7 @@ def build(config: DPOConfig) -> DPOEngine:
         dataset=config.dataset.type,
         dataset_args=config.dataset.args,
     )
-    trainer = DPOTrainer("trainer", dpo=config.dpo, **config.trainer_arguments)
+    trainer = on_backend(DPOTrainer, "trainer", dpo=config.dpo, **config.trainer_arguments)
     engine = DPOEngine(reference, trainer, name="dpo").configure(config)
     engine.set_dataset(config.dataset.path)
     return engine

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -14,7 +14,7 @@ from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.policy_role import GeneratingPolicy
 from rlhf_flows.models.samplers import Sampler, policy_class
 from rlhf_flows.reward_settings import RewardSettings
-from rlhf_flows.settings import DPOSettings, OptimizerSettings, PolicySettings
+from rlhf_flows.settings import BackendSettings, DPOSettings, OptimizerSettings, PolicySettings
 
 __all__ = ["ModelFields", "ReinforcementFields", "SamplingFields", "TrainingFields"]
 
@@ -22,8 +22,14 @@ __all__ = ["ModelFields", "ReinforcementFields", "SamplingFields", "TrainingFiel
 class ModelFields(EngineConfig):
     """A model, in a precision."""
 
-    model: str = Field(description=MODEL)
-    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of all weights.")
+    form_first: ClassVar[tuple[str, ...]] = ("model", "run_name", "runtime")
+
+    model: str = Field(title="Model", description=MODEL)
+    dtype: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        title="Precision of the weights",
+        description="Number format of all weights; bfloat16 takes half the memory.",
+    )
     chat_template: bool | None = Field(
         default=None,
         description="Render prompts by the chat template; by default chat messages only.",
@@ -38,16 +44,33 @@ class ModelFields(EngineConfig):
 class TrainingFields(ModelFields):
     """What every trainer of a causal model takes."""
 
-    optimizer: OptimizerSettings = Field(default_factory=OptimizerSettings)
-    micro_batch_tokens: int = Field(default=4096, ge=1, description="Tokens of one training pass.")
+    form_first: ClassVar[tuple[str, ...]] = ("model", "dataset", "run_name", "runtime", "optimizer")
+
+    trainer: BackendSettings = Field(
+        default_factory=BackendSettings,
+        title="Training on several processes",
+        description="What trains, and on how many ranks.",
+    )
+    optimizer: OptimizerSettings = Field(
+        default_factory=OptimizerSettings,
+        title="Optimizer",
+        description="How fast the model learns: AdamW and the course of its learning rate.",
+    )
+    micro_batch_tokens: int = Field(
+        default=4096,
+        ge=1,
+        title="Tokens per training pass",
+        description="Most tokens of one forward and backward pass: lower it where memory is short.",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Recompute activations: less memory, a third more time."
     )
 
     @property
     def trainer_arguments(self) -> dict[str, Any]:
-        """Of a ready-made trainer of the model, beside its name and the algorithm's settings."""
+        """Of `on_backend`, beside the kind of trainer, its name and the algorithm's settings."""
         return {
+            "backend": self.trainer,
             "path": self.folder,
             "optimizer": self.optimizer,
             "micro_batch_tokens": self.micro_batch_tokens,
@@ -59,17 +82,34 @@ class TrainingFields(ModelFields):
 class SamplingFields(ModelFields):
     """What a recipe takes that samples completions of prompts."""
 
+    form_first: ClassVar[tuple[str, ...]] = (
+        "model",
+        "prompts",
+        "reward",
+        "output",
+        "run_name",
+        "generation",
+        "runtime",
+    )
+
     prompts: DatasetSettings = Field(
-        description="Rows with `prompt` (text or chat messages); other columns go to the reward."
-        " With `type`, of whatever that takes."
+        title="Prompts",
+        description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat"
+        " messages), by path or URL; other columns go to the reward. With `type`, of"
+        " whatever that takes.",
     )
     generation: GenerationSettings = Field(
-        default_factory=GenerationSettings, description="How the policy samples."
+        default_factory=GenerationSettings, title="Sampling", description="How the policy samples."
     )
-    sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
+    sampler: Sampler = Field(
+        default="auto",
+        title="Sampler",
+        description="What generates: vLLM where it is installed, else transformers.",
+    )
     max_model_len: int | None = Field(
         default=None,
         ge=2,
+        title="Longest prompt and completion (tokens)",
         description="Most tokens of prompt and completion; the model's limit if none.",
     )
 
@@ -98,20 +138,31 @@ class SamplingFields(ModelFields):
 class ReinforcementFields(SamplingFields, TrainingFields):
     """What a recipe takes that samples, scores and trains."""
 
+    form_first: ClassVar[tuple[str, ...]] = (
+        *("model", "prompts", "reward", "run_name", "runtime", "generation", "optimizer"),
+        *("grpo", "ppo", "dpo", "eval_prompts", "eval_generation"),
+    )
+
     eval_prompts: DatasetSettings | None = Field(
-        default=None, description="Held-out prompts; of the type of `prompts` if they say none."
+        default=None,
+        title="Held-out prompts",
+        description="Held-out prompts; of the type of `prompts` if they say none.",
     )
     reward: RewardSettings = Field(
-        description="What scores completions: `package.module:function`, importable from here, or"
-        " one of reward.function, model, classifier, command, url and interface."
+        title="Reward",
+        description="What scores completions: a function of yours, `package.module:function`,"
+        " that the worker can import; or one other source, such as a reward model.",
     )
     eval_generation: GenerationSettings | None = Field(
-        default=None, description="How the policy samples in evaluations; the same by default."
+        default=None,
+        title="Sampling in evaluations",
+        description="How the policy samples in evaluations; the same by default.",
     )
     reference_ema: float | None = Field(
         default=None,
         gt=0,
         le=1,
+        title="Reference follows the policy by",
         description="After each episode the reference moves this far towards the policy (eta of"
         " reference = eta * policy + (1 - eta) * reference); by default it stays as it is.",
     )

@@ -10,10 +10,11 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
+from rlhf_flows.config import RuntimeConfig
 from rlhf_flows.data.arrow import from_parquet
 from rlhf_flows.deployments.fields import SamplingFields
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe
@@ -31,16 +32,32 @@ _INTERNAL = frozenset({"group", "prompt_row", "seed", "policy_version", "sibling
 """Columns of the Parquet files that say nothing of a text."""
 
 
+class GenerateRuntime(RuntimeConfig):
+    """The loop of `RuntimeConfig`, of which nothing is trained."""
+
+    form_first: ClassVar[tuple[str, ...]] = (
+        "eval_num_inference_per_prompt",
+        "generation_batch_size",
+        "seed",
+    )
+
+
 class GenerateConfig(SamplingFields):
     """What `rlhf-flows train generate` can be asked for. `runtime.eval_num_inference_per_prompt` is
     the number of completions of a prompt, `runtime.generation_batch_size` that of a shard.
     """
 
+    runtime: GenerateRuntime = Field(
+        default_factory=GenerateRuntime,
+        title="Course of the run",
+        description="How many completions each prompt has, and how they are cut into shards.",
+    )
     reward: RewardSettings | None = Field(
         default=None, description="Scores the completions: a function, or another source."
     )
     output: str | None = Field(
         default=None,
+        title="File for the completions",
         description="A new file of JSON lines for the completions; they are in Parquet in any"
         " case.",
     )

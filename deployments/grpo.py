@@ -13,6 +13,7 @@ from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.deployments.rewards import ask_reward, reward_module
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.policy_trainer import PolicyTrainer
 from rlhf_flows.models.reference import Reference
 from rlhf_flows.settings import GRPOSettings
@@ -24,7 +25,10 @@ class GRPORuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`, with a group size that GRPO can learn from."""
 
     num_inference_per_prompt: int = Field(
-        default=8, ge=1, description="Completions of one prompt: the group size, at least 2."
+        default=8,
+        ge=1,
+        title="Completions per prompt",
+        description="Completions of one prompt: the group size, at least 2.",
     )
 
 
@@ -32,7 +36,11 @@ class GRPOConfig(ReinforcementFields):
     """What `rlhf-flows train grpo` can be asked for."""
 
     runtime: GRPORuntime = Field(default_factory=GRPORuntime)
-    grpo: GRPOSettings = Field(default_factory=GRPOSettings)
+    grpo: GRPOSettings = Field(
+        default_factory=GRPOSettings,
+        title="GRPO",
+        description="How completions of one prompt are compared, and how far a step may go.",
+    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -72,7 +80,7 @@ def build(
         )
     engine = GRPOEngine(
         config.policy(eval_generation=config.eval_generation, eval_prompts=config.eval_prompts),
-        PolicyTrainer("trainer", grpo=settings, **config.trainer_arguments),
+        on_backend(PolicyTrainer, "trainer", grpo=settings, **config.trainer_arguments),
         reward_module(config),
         reference,
         name=name,

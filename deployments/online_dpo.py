@@ -15,6 +15,7 @@ from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.deployments.rewards import ask_reward, reward_module
 from rlhf_flows.engines import OnlineDPOEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.online_dpo_trainer import OnlineDPOTrainer
 from rlhf_flows.models.reference import Reference
 from rlhf_flows.settings import DPOSettings
@@ -26,7 +27,10 @@ class OnlineDPORuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`, with groups of which one can be the best."""
 
     num_inference_per_prompt: int = Field(
-        default=4, ge=2, description="Completions of one prompt, at least 2: best against worst."
+        default=4,
+        ge=2,
+        title="Completions per prompt",
+        description="Completions of one prompt, at least 2: best against worst.",
     )
 
 
@@ -34,7 +38,11 @@ class OnlineDPOConfig(ReinforcementFields):
     """What `rlhf-flows train online_dpo` can be asked for."""
 
     runtime: OnlineDPORuntime = Field(default_factory=OnlineDPORuntime)
-    dpo: DPOSettings = Field(default_factory=DPOSettings)
+    dpo: DPOSettings = Field(
+        default_factory=DPOSettings,
+        title="DPO",
+        description="What the model learns from a pair of completions.",
+    )
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -55,7 +63,7 @@ def build(config: OnlineDPOConfig) -> OnlineDPOEngine:
         config.policy(eval_generation=config.eval_generation, eval_prompts=config.eval_prompts),
         Reference("reference", path=config.folder, temperature=temperature, dtype=config.dtype),
         reward_module(config),
-        OnlineDPOTrainer("trainer", dpo=settings, **config.trainer_arguments),
+        on_backend(OnlineDPOTrainer, "trainer", dpo=settings, **config.trainer_arguments),
         name="online_dpo",
         reference_ema=config.reference_ema,
     ).configure(config)

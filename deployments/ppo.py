@@ -18,6 +18,7 @@ from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.deployments.rewards import ask_reward, reward_module
 from rlhf_flows.engines import RLHFEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.ppo_policy_trainer import PPOPolicyTrainer
 from rlhf_flows.models.reference import Reference
 from rlhf_flows.models.value_model import ValueModel
@@ -31,7 +32,10 @@ class PPORuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`: one completion of each prompt, several steps an episode."""
 
     num_inference_per_prompt: int = Field(
-        default=1, ge=1, description="Completions of one prompt; PPO compares none, so 1 will do."
+        default=1,
+        ge=1,
+        title="Completions per prompt",
+        description="Completions of one prompt; PPO compares none, so 1 will do.",
     )
 
 
@@ -39,7 +43,11 @@ class PPOConfig(ReinforcementFields):
     """What `rlhf-flows train ppo` can be asked for."""
 
     runtime: PPORuntime = Field(default_factory=PPORuntime)
-    ppo: PPOSettings = Field(default_factory=PPOSettings)
+    ppo: PPOSettings = Field(
+        default_factory=PPOSettings,
+        title="PPO",
+        description="How far a step may go, and what leaving the reference model costs.",
+    )
     value_model: str | None = Field(
         default=None,
         description="What the value starts from; by default the reward model, or else the model."
@@ -74,8 +82,9 @@ def build(config: PPOConfig) -> RLHFEngine:
         ),
         reward_module(config),
         ValueModel("value", path=value_path, ppo=settings, dtype=config.dtype),
-        PPOPolicyTrainer("ppo_policy", ppo=settings, **config.trainer_arguments),
-        ValueTrainer(
+        on_backend(PPOPolicyTrainer, "ppo_policy", ppo=settings, **config.trainer_arguments),
+        on_backend(
+            ValueTrainer,
             "ppo_value",
             ppo=settings,
             **{

@@ -11,12 +11,20 @@ import asyncio
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from prefect import flow
 from prefect.context import FlowRunContext
 from pydantic import Field
 
-from rlhf_flows.attempt import new_run_name, open_probed_store, without_abort
+from rlhf_flows.attempt import (
+    fill_in,
+    named_by_flow_run,
+    new_run_name,
+    open_probed_store,
+    without_abort,
+)
+from rlhf_flows.blocks import apply_defaults
 from rlhf_flows.config import EngineConfig
 from rlhf_flows.dataset_settings import DatasetSettings
 from rlhf_flows.deployments import grpo as grpo_recipe
@@ -25,14 +33,14 @@ from rlhf_flows.deployments import sort_digits
 from rlhf_flows.deployments.grpo import GRPOConfig, GRPORuntime
 from rlhf_flows.deployments.recipe import OWN, Recipe, RecipeResult, store_words
 from rlhf_flows.deployments.sft import SFTConfig, SFTRuntime
+from rlhf_flows.errors import ConfigError
 from rlhf_flows.exports import exported_model
 from rlhf_flows.generation import GenerationSettings
 from rlhf_flows.models.samplers import Sampler, describe_sampler, policy_class
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.reward_settings import RewardSettings
 from rlhf_flows.services.environment import cache_folder
-from rlhf_flows.settings import GRPOSettings, OptimizerSettings
-from rlhf_flows.store import check_run_name
+from rlhf_flows.settings import BackendSettings, GRPOSettings, OptimizerSettings
 from rlhf_flows.tasks.progress import Progress
 
 __all__ = ["RECIPE", "QuickstartConfig", "quickstart"]
@@ -47,27 +55,76 @@ REWARD = "rlhf_flows.deployments.sort_digits:reward"
 class QuickstartRuntime(GRPORuntime):
     """The loop of GRPO, in a size that two cores run in a minute."""
 
-    num_episode: int = Field(default=30, ge=1, description="Episodes of GRPO.")
-    sample_per_episode: int = Field(default=512, ge=1, description="Completions of one episode.")
-    train_global_batch_size: int | None = Field(
-        default=256, ge=1, description="Samples of one optimizer step."
+    num_episode: int = Field(
+        default=30, ge=1, title="Number of episodes", description="Episodes of GRPO."
     )
-    eval_episode_interval: int = Field(default=10, ge=0, description="Evaluate every N episodes.")
+    sample_per_episode: int = Field(
+        default=512,
+        ge=1,
+        title="Completions per episode",
+        description="Completions of one episode.",
+    )
+    train_global_batch_size: int | None = Field(
+        default=256,
+        ge=1,
+        title="Samples per training step",
+        description="Samples of one optimizer step.",
+    )
+    eval_episode_interval: int = Field(
+        default=10,
+        ge=0,
+        title="Evaluate every … episodes",
+        description="Evaluate every N episodes.",
+    )
 
 
 class QuickstartConfig(EngineConfig):
     """What `rlhf-flows train quickstart` can be asked for."""
 
+    form_first: ClassVar[tuple[str, ...]] = ("run_name", "runtime", "learning_rate")
+
     runtime: QuickstartRuntime = Field(default_factory=QuickstartRuntime)
-    warmup_steps: int = Field(default=200, ge=1, description="Optimizer steps of the warm-up.")
-    warmup_batch_size: int = Field(default=128, ge=1, description="Demonstrations of one of them.")
-    warmup_learning_rate: float = Field(default=2e-3, gt=0, description="Its peak; cosine to zero.")
-    learning_rate: float = Field(default=3e-4, gt=0, description="Of GRPO.")
-    num_eval_prompts: int = Field(default=512, ge=1, le=2048, description="Held-out prompts.")
-    sampler: Sampler = Field(default="auto", description="vLLM where it is installed.")
+    warmup_steps: int = Field(
+        default=200, ge=1, title="Warm-up steps", description="Optimizer steps of the warm-up."
+    )
+    warmup_batch_size: int = Field(
+        default=128,
+        ge=1,
+        title="Demonstrations per warm-up step",
+        description="Demonstrations that one step of the warm-up learns from.",
+    )
+    warmup_learning_rate: float = Field(
+        default=2e-3,
+        gt=0,
+        title="Warm-up learning rate",
+        description="Peak of the learning rate of the warm-up; it falls to zero.",
+    )
+    learning_rate: float = Field(
+        default=3e-4,
+        gt=0,
+        title="Learning rate of GRPO",
+        description="Peak of the learning rate of GRPO, after the warm-up.",
+    )
+    trainer: BackendSettings = Field(
+        default_factory=BackendSettings,
+        title="Training on several processes",
+        description="What trains, and on how many ranks.",
+    )
+    num_eval_prompts: int = Field(
+        default=512,
+        ge=1,
+        le=2048,
+        title="Held-out prompts",
+        description="How many prompts of the evaluations, which are never trained on.",
+    )
+    sampler: Sampler = Field(
+        default="auto",
+        title="Sampler",
+        description="What generates: vLLM where it is installed, else transformers.",
+    )
 
 
-def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
+def _warmup(config: QuickstartConfig, model: Path, run: str | None) -> SFTConfig:
     steps, batch = config.warmup_steps, config.warmup_batch_size
     return SFTConfig(
         run_name=run,
@@ -83,6 +140,7 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
             max_attempts=config.runtime.max_attempts,
         ),
         model=str(model),
+        trainer=config.trainer,
         dataset=DatasetSettings(path="demonstrations of sort_digits"),
         optimizer=OptimizerSettings(
             learning_rate=config.warmup_learning_rate,
@@ -95,7 +153,7 @@ def _warmup(config: QuickstartConfig, model: Path, run: str) -> SFTConfig:
     )
 
 
-def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfig:
+def _reinforcement(config: QuickstartConfig, model: Path, run: str | None) -> GRPOConfig:
     return GRPOConfig(
         run_name=run,
         store=config.store,
@@ -104,6 +162,7 @@ def _reinforcement(config: QuickstartConfig, model: Path, run: str) -> GRPOConfi
         log_level=config.log_level,
         runtime=GRPORuntime.model_validate(config.runtime.model_dump()),
         model=str(model),
+        trainer=config.trainer,
         prompts=DatasetSettings(path="prompts of sort_digits"),
         reward=RewardSettings(function=REWARD),
         generation=GenerationSettings(max_new_tokens=sort_digits.MAX_NEW_TOKENS),
@@ -128,9 +187,15 @@ class _Quickstart(Recipe):
 
     def check(self, config: QuickstartConfig) -> None:
         if config.run_name is not None:
-            check_run_name(config.run_name)
+            fill_in(config.run_name)
         open_probed_store(config)
-        _reinforcement(config, Path("unused"), "check")
+        base = _base_model(config)
+        sft_recipe.build(_warmup(config, base, None), dataset=sort_digits.demonstrations(1)).check()
+        grpo_recipe.build(
+            _reinforcement(config, base, None),
+            prompts=sort_digits.training_prompts(1),
+            eval_prompts=sort_digits.held_out_prompts(1),
+        ).check()
 
     async def run(
         self,
@@ -141,7 +206,7 @@ class _Quickstart(Recipe):
         takeover: bool = False,
     ) -> RecipeResult:
         """Both in one flow run."""
-        name = _run_name(config) or new_run_name("quickstart")
+        name = fill_in(_run_name(config) or new_run_name("quickstart"))
 
         @flow(name="quickstart", flow_run_name=name, persist_result=False)
         async def train() -> RecipeResult:
@@ -158,14 +223,27 @@ def _run_name(config: QuickstartConfig) -> str | None:
     return None if config.run_name is None else config.run_name.removesuffix(WARMUP)
 
 
+def _base_model(config: QuickstartConfig) -> Path:
+    """Built where it is not there yet. Raises ConfigError for a model that is somebody else's."""
+    if config.init_from is not None:
+        raise ConfigError(
+            f"the quickstart makes its own model, so it takes no init_from: `rlhf-flows train grpo"
+            f" --init-from {config.init_from} prompts=FILE` goes on from a version of its run"
+        )
+    seed = config.runtime.seed
+    return build_tiny_qwen2(
+        cache_folder() / f"quickstart-model-{seed}",
+        seed=seed,
+        characters=sort_digits.CHARACTERS,
+        max_position_embeddings=64,
+    )
+
+
 async def _train(
     config: QuickstartConfig, run_name: str, *, progress: Progress | None, takeover: bool
 ) -> RecipeResult:
     seed = config.runtime.seed
-    base = build_tiny_qwen2(
-        cache_folder() / f"quickstart-model-{seed}", seed=seed, characters=sort_digits.CHARACTERS,
-        max_position_embeddings=64,
-    )  # fmt: skip
+    base = _base_model(config)
     steps = config.warmup_steps * config.warmup_batch_size
     warmup = sft_recipe.build(
         _warmup(config, base, run_name + WARMUP),
@@ -204,17 +282,34 @@ def _summed(*parts: Mapping[str, float]) -> dict[str, float]:
     return {name: seconds for part in parts for name, seconds in part.items()}
 
 
-_DEFAULTS = QuickstartConfig()  # not None: the form of the deployment shows the fields at once
+# Empty, not None: the form shows the fields at once, each with its default. Prefect makes the
+# configuration of it when the flow is called.
+_DEFAULTS: Any = {}
 
 
 # Its deployment is `grpo/quickstart`: the flow that the quickstart is an example of.
-@flow(name="grpo", persist_result=False)
-async def quickstart(config: QuickstartConfig = _DEFAULTS) -> None:
-    """A small model learns to sort digits: warm-up, then GRPO."""
+@flow(
+    name="grpo",
+    description="A small model learns to sort digits: warm-up, then GRPO.",
+    persist_result=False,
+)
+async def quickstart(
+    config: QuickstartConfig = _DEFAULTS,
+    defaults: str | None = None,
+) -> None:
+    """A small model learns to sort digits: warm-up, then GRPO.
+
+    Args:
+        defaults: Name of a block "RLHF Run Defaults": what the configuration leaves at its defaults
+            is taken from there.
+    """
+    config = await apply_defaults(config, defaults)
     context = FlowRunContext.get()
     assert context is not None
     assert context.flow_run is not None
-    name = _run_name(config) or f"quickstart-{context.flow_run.id}"
+    name = named_by_flow_run(
+        _run_name(config) or f"quickstart-{context.flow_run.id}", context.flow_run
+    )
     await _train(config, name, progress=None, takeover=False)
 
 

@@ -19,6 +19,7 @@ from typing import Any, Self, cast
 import prefect
 from pydantic import create_model, model_validator
 
+from rlhf_flows.blocks import apply_defaults
 from rlhf_flows.config import EngineConfig, StoreConfig
 from rlhf_flows.config_loading import merge_settings
 from rlhf_flows.engine import Engine
@@ -30,6 +31,7 @@ from rlhf_flows.reporting.summary import RecipeResult
 from rlhf_flows.tasks.progress import Progress
 
 __all__ = [
+    "DEFAULTS_DOC",
     "OWN",
     "EngineRecipe",
     "Recipe",
@@ -48,9 +50,15 @@ OWN: Mapping[str, str] = {
     "grpo": "reinforcement by GRPO, with a reward function or any other reward",
     "dpo": "preferences without a reward model (DPO, IPO)",
     "online_dpo": "DPO on pairs that the policy samples and a reward ranks",
+    "evaluate": "old versions of a run, or a model, on held-out prompts",
     "generate": "completions of a file of prompts, scored where a reward is given",
 }
 """Names and what they do; each is the module of this package of that name."""
+DEFAULTS_DOC = """Args:
+    defaults: Name of a block "RLHF Run Defaults": what the configuration leaves at its defaults is
+        taken from there.
+"""
+"""What the form of a deployment says of the parameter beside `config`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,23 +102,29 @@ class Recipe(ABC):
         It stands in the module of the recipe, under a name that the deployment's entrypoint names.
         """
 
-        async def train(config: Any) -> None:
-            await self.run(config)
+        async def train(config: Any, defaults: str | None = None) -> None:
+            await self.run(await apply_defaults(config, defaults))
 
-        train.__doc__ = f"{self.description[0].upper()}{self.description[1:]}."
         # What Prefect makes the form from.
-        train.__annotations__ = {"config": self.config, "return": None}
-        return prefect.flow(name=self.name, persist_result=False)(train)
+        description = f"{self.description[0].upper()}{self.description[1:]}."
+        train.__doc__ = f"{description}\n\n{DEFAULTS_DOC}"
+        train.__annotations__ = {
+            "config": self.config,
+            "defaults": str | None,
+            "return": None,
+        }
+        made = prefect.flow(name=self.name, description=description, persist_result=False)
+        return made(train)
 
 
 def _with_defaults(
     config: type[EngineConfig], defaults: Mapping[str, Any], name: str
 ) -> type[EngineConfig]:
     """The configuration with other defaults, in programs, files and forms."""
-    show_more: Any = config.model_config.get("json_schema_extra", lambda schema: None)
+    show_more: Any = config.model_config["json_schema_extra"]
 
-    def show(schema: dict[str, Any]) -> None:
-        show_more(schema)
+    def show(schema: dict[str, Any], model: type[EngineConfig]) -> None:
+        show_more(schema, model)
         for name, value in defaults.items():
             schema["properties"][name]["default"] = value
         schema["required"] = [n for n in schema.get("required", ()) if n not in defaults]

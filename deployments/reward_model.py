@@ -13,6 +13,7 @@ from rlhf_flows.deployments.fields import TrainingFields
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import RewardModelEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.reward_model import RewardModel
 from rlhf_flows.models.reward_trainer import RewardTrainer
 from rlhf_flows.settings import RewardModelSettings
@@ -24,19 +25,27 @@ class RewardModelConfig(TrainingFields):
     """What `rlhf-flows train reward_model` can be asked for."""
 
     dataset: DatasetSettings = Field(
-        description="Preferences: rows {prompt, chosen, rejected}, or"
-        " {prompt, pos_answers, neg_answers}."
+        title="Preferences",
+        description="A JSONL, JSON or Parquet file with rows {prompt, chosen, rejected} or"
+        " {prompt, pos_answers, neg_answers}, by path or URL.",
     )
     eval_dataset: DatasetSettings | None = Field(
-        default=None, description="Held-out preferences; of the type of `dataset` if they say none."
+        default=None,
+        title="Held-out preferences",
+        description="Held-out preferences; of the type of `dataset` if they say none.",
     )
     runtime: PairsRuntime = Field(default_factory=PairsRuntime)
-    reward_model: RewardModelSettings = Field(default_factory=RewardModelSettings)
+    reward_model: RewardModelSettings = Field(
+        default_factory=RewardModelSettings,
+        title="Reward model",
+        description="What the reward model learns from a pair of completions.",
+    )
 
 
 def build(config: RewardModelConfig) -> RewardModelEngine:
     """The engine that the configuration describes."""
-    trainer = RewardTrainer(
+    trainer = on_backend(
+        RewardTrainer,
         "trainer",
         settings=config.reward_model,
         chat_template=config.chat_template,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from pydantic import Field
 
@@ -13,6 +13,7 @@ from rlhf_flows.deployments.fields import TrainingFields
 from rlhf_flows.deployments.recipe import OWN, EngineRecipe, store_words
 from rlhf_flows.engines import SFTEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.sft_trainer import SFTTrainer
 from rlhf_flows.settings import SFTSettings
 
@@ -22,11 +23,24 @@ __all__ = ["RECIPE", "SFTConfig", "build", "sft"]
 class SFTRuntime(RuntimeConfig):
     """The loop of `RuntimeConfig`; an episode is a number of demonstrations."""
 
+    form_first: ClassVar[tuple[str, ...]] = (
+        "num_episode",
+        "sample_per_episode",
+        "train_global_batch_size",
+        "seed",
+    )
+
     sample_per_episode: int = Field(
-        default=1024, ge=1, description="Demonstrations of one episode."
+        default=1024,
+        ge=1,
+        title="Demonstrations per episode",
+        description="Demonstrations of one episode.",
     )
     train_global_batch_size: int | None = Field(
-        default=64, ge=1, description="Demonstrations of one optimizer step."
+        default=64,
+        ge=1,
+        title="Demonstrations per training step",
+        description="Demonstrations of one optimizer step.",
     )
 
 
@@ -34,16 +48,23 @@ class SFTConfig(TrainingFields):
     """What `rlhf-flows train sft` can be asked for."""
 
     dataset: DatasetSettings = Field(
-        description="Demonstrations: rows with `prompt` (text or chat messages) and `answer` or"
-        " `completion`. With `type`, of whatever that takes."
+        title="Demonstrations",
+        description="A JSONL, JSON or Parquet file of rows with `prompt` (text or chat messages)"
+        " and `answer` or `completion`, by path or URL. With `type`, of whatever"
+        " that takes.",
     )
     runtime: SFTRuntime = Field(default_factory=SFTRuntime)
-    sft: SFTSettings = Field(default_factory=SFTSettings)
+    sft: SFTSettings = Field(
+        default_factory=SFTSettings,
+        title="Fine-tuning",
+        description="How the loss is taken, and how long a row may be.",
+    )
 
 
 def build(config: SFTConfig, *, dataset: Any = None) -> SFTEngine:
     """The engine that the configuration describes; rows may be given in place of a file."""
-    trainer = SFTTrainer(
+    trainer = on_backend(
+        SFTTrainer,
         "trainer",
         sft=config.sft,
         chat_template=config.chat_template,

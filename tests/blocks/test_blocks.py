@@ -13,11 +13,11 @@ import pytest
 from prefect.blocks.core import Block
 from prefect.testing.standard_test_suites import BlockStandardTestSuite
 
-from rlhf_flows.blocks import EpisodeStore, RayCluster
+from rlhf_flows.blocks import EpisodeStore, RayCluster, RunDefaults
 from rlhf_flows.config import ClusterConfig, StoreConfig
-from rlhf_flows.errors import PoolError, StoreError
+from rlhf_flows.errors import PoolError, ResourcesError, StoreError
 
-BLOCKS = [RayCluster, EpisodeStore]
+BLOCKS = [RayCluster, EpisodeStore, RunDefaults]
 SECRET = "s3cr3t-of-the-test"
 
 
@@ -143,6 +143,13 @@ def test_a_running_cluster_answers_with_its_resources(ray_head: str) -> None:
     token = os.environ["RAY_AUTH_TOKEN"]
     resources = RayCluster(address=ray_head, token=token).check()
     assert resources["CPU"] == 8
+
+
+def test_a_cluster_with_less_than_its_block_requires_is_refused(ray_head: str) -> None:
+    block = RayCluster(address=ray_head, token=os.environ["RAY_AUTH_TOKEN"])
+    block.required_resources = {"CPU": 8, "GPU": 4}
+    with pytest.raises(ResourcesError, match="has 0 GPU, required_resources says 4"):
+        block.check()
 
 
 def test_a_cluster_that_is_not_there_is_an_error_that_names_its_address() -> None:

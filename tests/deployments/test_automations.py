@@ -97,6 +97,7 @@ def test_a_run_whose_worker_died_with_it_goes_on_at_another_worker(
     assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
 
 
+@pytest.mark.long
 def test_a_suspended_run_waits_for_a_person_whatever_heartbeats_its_process_gave_until_it_ended(
     client: SyncPrefectClient, ray_head: str, tmp_path: Path
 ) -> None:
@@ -125,6 +126,7 @@ def test_a_suspended_run_waits_for_a_person_whatever_heartbeats_its_process_gave
     assert_exactly_once(tmp_path, folder.name, episodes=EPISODES)
 
 
+@pytest.mark.long
 def test_a_run_that_cannot_even_start_is_given_up_and_others_are_not_touched(
     client: SyncPrefectClient, tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def test_every_deployment_loads_its_flow_and_belongs_to_the_work_pool() -> None:
     ]
     assert names == [
         "grpo/quickstart", "grpo/train", "sft/train", "reward_model/train", "ppo/train",
-        "dpo/train", "online_dpo/train", "generate/run",
+        "dpo/train", "online_dpo/train", "evaluate/run", "generate/run",
     ]  # fmt: skip
     assert {d["work_pool"]["name"] for d in deployments} == {POOL}
 
@@ -129,11 +129,13 @@ def _check_artifacts(client: SyncPrefectClient, flow_run_id: UUID, folder: Path)
     by_key: dict[str, Any] = {a.key or "": a for a in found}
     assert len(by_key) == len(found)
     assert {k for k in by_key if k.startswith("grpo-")} == {
+        "grpo-now",
         "grpo-progress",
         "grpo-curves",
         "grpo-flows",
         "grpo-episodes",
         "grpo-samples",
+        "grpo-side-by-side",
     }
     assert by_key["grpo-progress"].data == 100
     assert folder.name in by_key["grpo-progress"].description

@@ -19,7 +19,7 @@ from rlhf_flows.deployments.model_folders import model_folder
 from rlhf_flows.errors import ConfigError
 
 EXAMPLES = Path(__file__).parents[2] / "examples/reviews"
-STAGES = ("sft", "reward_model", "ppo", "dpo", "online_dpo", "grpo", "generate")
+STAGES = ("sft", "reward_model", "ppo", "dpo", "online_dpo", "grpo", "evaluate", "generate")
 TINY = {
     "num_episode": 1, "sample_per_episode": 32, "train_global_batch_size": 32,
     "generation_batch_size": 32, "eval_episode_interval": 0,

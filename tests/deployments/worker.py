@@ -16,6 +16,7 @@ from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.objects import FlowRun
+from prefect.utilities.callables import ParameterSchema
 
 ROOT = Path(__file__).parents[2]
 POOL = "rlhf-flows"
@@ -38,14 +39,14 @@ def prefect(*args: str, **env: str) -> str:
 
 
 @contextmanager
-def process_worker(log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A worker on the work pool of the deployments; it and its flow processes end with the block.
+def process_worker(log: Path, pool: str = POOL) -> Iterator[subprocess.Popen[bytes]]:
+    """A worker on a work pool; it and its flow processes end with the block.
 
     They make a process group, so that a test may kill them all at once.
     """
     with log.open("ab") as file:
         process = subprocess.Popen(
-            [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL],
+            [sys.executable, "-m", "prefect", "worker", "start", "--pool", pool],
             cwd=log.parent,
             env={**os.environ, "PREFECT_WORKER_QUERY_SECONDS": "1"},
             stdin=subprocess.DEVNULL,
@@ -66,9 +67,15 @@ def kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def deploy_toy(
-    client: SyncPrefectClient, flow: str = "toy", *, tags: Sequence[str] = ("rlhf-flows",)
+    client: SyncPrefectClient,
+    flow: str = "toy",
+    *,
+    tags: Sequence[str] = ("rlhf-flows",),
+    form: ParameterSchema | None = None,
 ) -> UUID:
-    """A deployment of a flow in `toy_flow`, as those of `prefect.yaml` are."""
+    """A deployment of a flow in `toy_flow`, as those of `prefect.yaml` are; a `form` is shown, and
+    checks what a run is given.
+    """
     return client.create_deployment(
         client.create_flow_from_name(flow),
         name=" ".join(("test", *tags)),
@@ -77,7 +84,8 @@ def deploy_toy(
         tags=list(tags),
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
         job_variables={"env": {"PYTHONPATH": str(ROOT)}},
-        enforce_parameter_schema=False,
+        parameter_openapi_schema=None if form is None else form.model_dump_for_openapi(),
+        enforce_parameter_schema=form is not None,
     )
 
 
