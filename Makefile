@@ -6,22 +6,26 @@ export VENV PYTHON
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-long chaos check fix bench install dev clean
+.PHONY: help train test test-slow test-browser test-long chaos check fix bench bench-gpu install dev clean
 
 help: ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 train: install ## train the quickstart: a small policy gets visibly better, on CPU, within minutes
 	$(BIN)/rlhf-flows train quickstart $(ARGS)
 
-test: dev ## run the tests (all but those marked slow, long, s3 or gpu)
+test: dev ## run the tests (all but those marked slow, long, s3, gpu or browser)
 	$(BIN)/pytest $(ARGS)
 
-test-slow: dev ## run the slow ones: real workers, killed machines, poison (25 minutes)
-	$(BIN)/pytest -m "slow and not s3 and not gpu" $(ARGS)
+test-slow: dev ## run the slow ones: real workers, killed machines, poison (half an hour)
+	$(BIN)/pytest -m "slow and not long and not s3 and not gpu and not browser" $(ARGS)
 
-test-long: dev ## run the long ones: what trains for minutes
-	$(BIN)/pytest -m "long and not s3 and not gpu" $(ARGS)
+test-browser: dev ## run those that open Prefect's UI in an installed Chromium: CHROMIUM=/path/to/it
+	@scripts/install.sh --dev --browser
+	$(BIN)/pytest -m browser $(ARGS)
+
+test-long: dev ## run the long ones: what trains for minutes, and slow ones in further settings
+	$(BIN)/pytest -m "long and not s3 and not gpu and not browser" $(ARGS)
 
 chaos: dev ## kill runs at named points and random times, and audit them: SEEDS=20 FIRST_SEED=0
 	$(BIN)/python -m tests.chaos --seeds $(or $(SEEDS),20) --first-seed $(or $(FIRST_SEED),0) $(ARGS)
@@ -40,8 +44,12 @@ bench: ## run the benchmarks, or one: make bench ONLY=overhead
 	scripts/install.sh --dev
 	$(if $(filter-out %_vs_trl,$(ONLY)),,$(MAKE) -C benchmarks/grpo_vs_trl venv)
 	@set -e; for main in benchmarks/$(or $(ONLY),*)/__main__.py; do \
-		name=$$(basename $$(dirname $$main)); echo "== $$name"; \
+		name=$$(basename $$(dirname $$main)); \
+		if [ $$name = gpu ] && [ -z "$(ONLY)" ]; then continue; fi; echo "== $$name"; \
 		$(BIN)/python -m benchmarks.$$name $(ARGS); done
+
+bench-gpu: ## measure one CUDA GPU, on a machine with torch alone: PYTHON=…, ARGS=--cpu-rehearsal
+	$(or $(PYTHON),python3) -m benchmarks.gpu $(ARGS)
 
 install: ## make the virtual environment a run needs
 	@scripts/install.sh

@@ -10,6 +10,7 @@ the learnt reward. Both must rise; a learnt reward that rises alone has been foo
 
     python -m examples.rlhf_ppo --run-name rlhf
     python -m examples.rlhf_ppo --run-name rlhf      # killed? goes on where it was
+    python -m examples.rlhf_ppo --run-name shared trainer.backend=megatron trainer.tensor_parallel=2
 
 Nothing is downloaded. Each step is a run of its own: NAME-warmup, NAME-reward, NAME.
 
@@ -26,13 +27,14 @@ from __future__ import annotations
 import argparse
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rlhf_flows import BaseModule, RewardModelEngine, RLHFEngine, SFTEngine
+from rlhf_flows.config_loading import load_config
 from rlhf_flows.deployments import sort_digits
 from rlhf_flows.exports import exported_model
 from rlhf_flows.flow import RunResult
@@ -46,10 +48,17 @@ from rlhf_flows.models import (
     ValueModel,
     ValueTrainer,
 )
+from rlhf_flows.models.backends import on_backend
 from rlhf_flows.models.samplers import policy_class
 from rlhf_flows.models.tiny import build_tiny_qwen2
 from rlhf_flows.services.environment import cache_folder, prepare_environment
-from rlhf_flows.settings import OptimizerSettings, PPOSettings, RewardModelSettings
+from rlhf_flows.settings import (
+    BackendSettings,
+    OptimizerSettings,
+    PPOSettings,
+    RewardModelSettings,
+    Settings,
+)
 
 BATCH = 128
 """Demonstrations, or pairs, of one step of the first two runs."""
@@ -63,6 +72,14 @@ class Sizes:
     sample_per_episode: int = 512
     num_eval: int = 256
     sampler: Any = "auto"
+    trainer: BackendSettings = field(default_factory=BackendSettings)
+    """What trains, all of the four models that learn."""
+
+
+class Words(Settings):
+    """What may be asked for by `key=value`."""
+
+    trainer: BackendSettings = BackendSettings()
 
 
 class Judge(BaseModule):
@@ -129,7 +146,9 @@ def warm_up(run: str, store: str, sizes: Sizes) -> Path:
         characters=sort_digits.CHARACTERS,
         max_position_embeddings=64,
     )
-    trainer = SFTTrainer(path=base, optimizer=_adamw(2e-3, steps))
+    trainer = on_backend(
+        SFTTrainer, "trainer", backend=sizes.trainer, path=base, optimizer=_adamw(2e-3, steps)
+    )
     engine = SFTEngine(trainer).set_dataset(sort_digits.demonstrations(steps * BATCH))
     done = engine.learn(run_name=run, store={"url": store}, runtime=_supervised(steps))
     return exported_model(store, run, version=done.version, module="trainer")
@@ -139,7 +158,14 @@ def learn_reward(run: str, store: str, sizes: Sizes, model: Path) -> tuple[Path,
     """The folder of the reward model, and its accuracy on held-out pairs."""
     steps = sizes.reward_steps
     settings = RewardModelSettings(center_coef=0.01)
-    trainer = RewardTrainer(path=model, settings=settings, optimizer=_adamw(1e-3, steps))
+    trainer = on_backend(
+        RewardTrainer,
+        "trainer",
+        backend=sizes.trainer,
+        path=model,
+        settings=settings,
+        optimizer=_adamw(1e-3, steps),
+    )
     engine = RewardModelEngine(trainer, RewardModel("follower", path=model, settings=settings))
     seen = sort_digits.training_prompts(16384)
     engine.set_dataset(preferences(steps * BATCH, seen, seed=0))
@@ -166,15 +192,19 @@ def reinforce(run: str, store: str, sizes: Sizes, model: Path, reward: Path) -> 
         Reference("reference", path=model),
         RewardModel("reward", path=reward),
         ValueModel("value", path=reward),  # it starts from the reward model, as in InstructGPT
-        PPOPolicyTrainer(
+        on_backend(
+            PPOPolicyTrainer,
             "ppo_policy",
+            backend=sizes.trainer,
             path=model,
             ppo=ppo,
             optimizer=OptimizerSettings(learning_rate=3e-4),
             micro_batch_tokens=8192,
         ),
-        ValueTrainer(
+        on_backend(
+            ValueTrainer,
             "ppo_value",
+            backend=sizes.trainer,
             path=reward,
             ppo=ppo,
             optimizer=OptimizerSettings(learning_rate=1e-3),
@@ -263,8 +293,10 @@ def main(arguments: Sequence[str] | None = None) -> RunResult:
         "--sampler", choices=("auto", "vllm", "transformers"), default="auto",
         help="vLLM where it is installed",
     )  # fmt: skip
+    parser.add_argument("settings", nargs="*", help="such as trainer.backend=megatron")
     words = parser.parse_args(arguments)
-    sizes = Sizes(num_episode=words.episodes, sampler=words.sampler)
+    trainer = load_config(Words, words.settings).trainer
+    sizes = Sizes(num_episode=words.episodes, sampler=words.sampler, trainer=trainer)
     return train(words.run_name, words.store, sizes)
 
 

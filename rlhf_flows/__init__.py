@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         VLLMModule,
     )
     from rlhf_flows.modules.interface import ModelInterface
+    from rlhf_flows.records.opened_run import OpenedRun, open_run
 
 __version__ = "0.1.0"
 
@@ -62,6 +63,7 @@ __all__ = [
     "MegatronModule",
     "ModelInterface",
     "OnlineDPOEngine",
+    "OpenedRun",
     "RLHFEngine",
     "RelaySampleManager",
     "RewardModelEngine",
@@ -74,6 +76,7 @@ __all__ = [
     "check_family",
     "find_recipe",
     "init",
+    "open_run",
     "register_dataset",
     "register_family",
     "register_interface",
@@ -98,6 +101,7 @@ _HOMES = {
     "MegatronModule": "rlhf_flows.modules",
     "ModelInterface": "rlhf_flows.modules.interface",
     "OnlineDPOEngine": "rlhf_flows.engines",
+    "OpenedRun": "rlhf_flows.records.opened_run",
     "RLHFEngine": "rlhf_flows.engines",
     "RelaySampleManager": "rlhf_flows.data",
     "RewardModelEngine": "rlhf_flows.engines",
@@ -109,6 +113,7 @@ _HOMES = {
     "check_family": "rlhf_flows.models.family_check",
     "find_recipe": "rlhf_flows.deployments",
     "init": "rlhf_flows.initialization",
+    "open_run": "rlhf_flows.records.opened_run",
     "register_dataset": "rlhf_flows.data.dataset_kinds",
     "register_family": "rlhf_flows.models.families",
     "register_interface": "rlhf_flows.models.interfaces",

@@ -20,7 +20,10 @@ _SHARED_GPUS = (
 _TRANSPORT = "weights travel through Ray's object store, in buckets of runtime.sync_bucket_bytes"
 _STORE = "everything of a run is kept under store.url, by its run_name"
 _LORA = "low-rank adapters are not trained yet: all weights are"
-_SHARDED = "a trained module's ranks are data-parallel (ranks_per_replica): nothing is sharded yet"
+_SHARDED = (
+    "a trained module's ranks are data-parallel (ranks_per_replica), or share the model on Megatron"
+    " (`trainer.backend`)"
+)
 _LOGS = "metrics are in the run's store, on its page in Prefect and in --json"
 
 ELSEWHERE: Mapping[str, Mapping[str, str]] = {

@@ -7,12 +7,12 @@ the affair of config_loading.py. No torch, no Ray, no Prefect.
 
 from __future__ import annotations
 
-import logging
 import os
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+from rlhf_flows.guard_settings import StopIf
 from rlhf_flows.settings import Settings
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
 MAY_CHANGE = frozenset(
     {
         "run_name",
+        "versions",
         "imports",
         "store",
         "cluster",
@@ -47,6 +48,13 @@ MAY_CHANGE = frozenset(
         "reward.environment",
         "reward.on_failure",
         "reward.failure_reward",
+        # A checkpoint is cut anew for whoever loads it.
+        "trainer.tensor_parallel",
+        "trainer.pipeline_parallel",
+        "trainer.virtual_pipeline",
+        "trainer.data_parallel",
+        "trainer.sequence_parallel",
+        "trainer.distributed_optimizer",
         "models.*.num_replica",
         "models.*.ranks_per_replica",
         "models.*.num_threads",
@@ -66,11 +74,17 @@ MAY_CHANGE = frozenset(
         "runtime.setup_timeout_s",
         "runtime.sync_timeout_s",
         "runtime.train_timeout_s",
+        "runtime.collective_timeout_s",
         "runtime.keep_last",
+        "runtime.keep_every",
+        "runtime.keep_best",
+        "runtime.keep_best_metric",
+        "runtime.keep_best_is",
         "runtime.max_attempts",
         "runtime.max_replica_restarts",
         "runtime.max_quarantined",
         "runtime.new_prompts",
+        "runtime.stop_if",
     }
 )
 """Fields that may differ when a run is resumed: none of them changes what is asked for, except what
@@ -78,10 +92,19 @@ becomes of samples that a reward fails for. Another number of ranks or threads o
 or another device, changes the order of sums, and so the last bits of its weights."""
 
 
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+
+
 class StoreConfig(Settings):
     """Where everything durable goes."""
 
-    url: str = Field(default="runs", description="A folder, `file://...` or `s3://bucket/prefix`.")
+    form_first: ClassVar[tuple[str, ...]] = ("url",)
+
+    url: str = Field(
+        default="runs",
+        title="Address of the store",
+        description="A folder, `file://...` or `s3://bucket/prefix`.",
+    )
     single_writer: bool = Field(
         default=False,
         description="Accept a store that fails the put-if-absent probe. Safe only if no two"
@@ -98,8 +121,11 @@ class StoreConfig(Settings):
 class ClusterConfig(Settings):
     """The Ray cluster that holds the actor pools."""
 
+    form_first: ClassVar[tuple[str, ...]] = ("address",)
+
     address: str | None = Field(
         default=None,
+        title="Address of the Ray head",
         description="`host:port` of a running head (pools outlive the flow); none starts a local"
         " one that ends with the flow.",
     )
@@ -206,7 +232,9 @@ class ModelConfig(Settings):
         default=None,
         description="Whether the trainer's flow trains it: known from the flow, checked if said.",
     )
-    batch_generation: BatchGenerationConfig = Field(default_factory=BatchGenerationConfig)
+    batch_generation: BatchGenerationConfig = Field(
+        default_factory=BatchGenerationConfig, description="Which prompts are sampled together."
+    )
     model_config_file: str | None = Field(
         default=None, description="A YAML file of arguments of the module's own, for args_dict."
     )
@@ -224,17 +252,41 @@ class ModelConfig(Settings):
 class RuntimeConfig(Settings):
     """The loop over episodes. Names and meanings are ChatLearn's where it has them."""
 
-    num_episode: PositiveInt = Field(default=10, description="Episodes of the whole run.")
-    sample_per_episode: PositiveInt = Field(default=512, description="Completions of one episode.")
+    form_first: ClassVar[tuple[str, ...]] = (
+        "num_episode",
+        "sample_per_episode",
+        "num_inference_per_prompt",
+        "train_global_batch_size",
+        "eval_episode_interval",
+        "seed",
+    )
+    form_needs: ClassVar = {"stream_data_loader_type": (("dynamic",), "max_relay_episode")}
+
+    num_episode: PositiveInt = Field(
+        default=10,
+        title="Number of episodes",
+        description="Rounds of sampling and training in the whole run.",
+    )
+    sample_per_episode: PositiveInt = Field(
+        default=512,
+        title="Completions per episode",
+        description="Completions of one episode, a multiple of those of one prompt.",
+    )
     num_inference_per_prompt: PositiveInt = Field(
-        default=1, description="Completions of one prompt: the group size."
+        default=1,
+        title="Completions per prompt",
+        description="Completions of one prompt: the group size.",
     )
     generation_batch_size: PositiveInt | None = Field(
         default=None,
+        title="Completions per shard",
         description="Samples of one shard, whole groups; by default the episode in one.",
     )
     train_global_batch_size: PositiveInt | None = Field(
-        default=None, description="Samples of one optimizer step; by default the whole episode."
+        default=None,
+        title="Samples per training step",
+        description="Samples of one optimizer step, a divisor of those of an episode; by default"
+        " the whole episode.",
     )
     train_micro_batch_size: PositiveInt | None = Field(
         default=None,
@@ -245,7 +297,9 @@ class RuntimeConfig(Settings):
         description="Tokens of one forward and backward pass, in place of a number of samples.",
     )
     num_training_epoch: PositiveInt = Field(
-        default=1, description="Passes over an episode's samples."
+        default=1,
+        title="Passes over an episode's samples",
+        description="Passes over an episode's samples.",
     )
     max_staleness: int = Field(
         default=0,
@@ -257,11 +311,34 @@ class RuntimeConfig(Settings):
         default=1, description="Full training state every N episodes; weights are kept for each."
     )
     keep_last: PositiveInt = Field(default=2, description="Training states and weights kept.")
+    keep_every: PositiveInt | None = Field(
+        default=None,
+        description="Every Nth version is kept for good, weights and training state; none by"
+        " default.",
+    )
+    keep_best: int = Field(
+        default=0,
+        ge=0,
+        description="As many versions of those with the best keep_best_metric are kept, too.",
+    )
+    keep_best_metric: str = Field(
+        default="reward",
+        description="Of a version's evaluation, where the run has an evaluator; else of the"
+        " training that led to it.",
+    )
+    keep_best_is: Literal["highest", "lowest"] = Field(
+        default="highest", description="Which value of keep_best_metric is best."
+    )
     eval_episode_interval: int = Field(
-        default=0, ge=0, description="Evaluate every N episodes; 0 never."
+        default=0,
+        ge=0,
+        title="Evaluate every … episodes",
+        description="Evaluate every N episodes, where there are held-out prompts; 0 never.",
     )
     eval_num_inference_per_prompt: PositiveInt = Field(
-        default=1, description="Completions of one prompt in an evaluation."
+        default=1,
+        title="Completions per prompt, in evaluations",
+        description="Completions of one prompt in an evaluation.",
     )
     enable_eval_before_training: bool = Field(default=True, description="Evaluate version 0, too.")
     data_path: str | list[str] | None = Field(
@@ -302,7 +379,11 @@ class RuntimeConfig(Settings):
         description="Whether processes without a GPU are spread over the nodes of a cluster.",
     )
     seed: int = Field(
-        default=0, ge=0, lt=2**31, description="Seed of everything random in the run."
+        default=0,
+        ge=0,
+        lt=2**31,
+        title="Random seed",
+        description="Seed of everything random in the run.",
     )
     setup_timeout_s: float = Field(
         default=600.0, gt=0, description="For a module to load its model."
@@ -316,6 +397,12 @@ class RuntimeConfig(Settings):
     train_timeout_s: float = Field(default=3600.0, gt=0, description="For one optimizer step.")
     sync_timeout_s: float = Field(
         default=600.0, gt=0, description="For the weights to reach a replica."
+    )
+    collective_timeout_s: float = Field(
+        default=300.0,
+        gt=0,
+        description="How long a rank waits in a collective for the others of its replica, which is"
+        " replaced then. Longer than store.retry_budget_s, which one of them may wait meanwhile.",
     )
     sync_bucket_bytes: PositiveInt = Field(
         default=128 << 20, description="Bytes of one sync bucket."
@@ -343,6 +430,10 @@ class RuntimeConfig(Settings):
         ge=0,
         description="Samples of one episode that may be left out, each with its group, because"
         " they end or hang their worker again and again; one more stops the run.",
+    )
+    stop_if: StopIf = Field(
+        default_factory=StopIf,
+        description="Guard rails: when the run stops by itself, with the reason.",
     )
 
     @field_validator("colocation", mode="before")
@@ -434,30 +525,84 @@ class RuntimeConfig(Settings):
 class EngineConfig(Settings):
     """What every recipe has."""
 
+    form_last: ClassVar[tuple[str, ...]] = (
+        "models",
+        "cluster",
+        "store",
+        "runtime_env",
+        "imports",
+        "log_level",
+    )
+    form_description: ClassVar[str] = (
+        "Fill in what is not marked optional; everything else has a value that works. Left empty,"
+        " a box takes what its description says. *Essentials* are what is usually changed, *All"
+        " settings* shows the rest (choose it first: it starts from the defaults)."
+    )
+
+    @staticmethod
+    def _shape(schema: dict[str, Any], model: type[BaseModel]) -> None:
+        Settings._shape(schema, model)
+        assert issubclass(model, EngineConfig)
+        schema["description"] = model.form_description
+
+    model_config = ConfigDict(json_schema_extra=_shape)
+
     run_name: str | None = Field(
         default=None,
-        description="Name of the run; an existing one is resumed. None makes a new one.",
+        title="Name of the training run",
+        description="Left empty, it is made from the flow run's. The name of a run that exists"
+        " goes on with it. For schedules it may hold {date}, {time} and {id} of the flow run:"
+        " nightly-{date}.",
+    )
+    init_from: str | None = Field(
+        default=None,
+        title="Parent run",
+        description="RUN@VERSION of the same recipe and store: the trained modules begin with its"
+        " weights; everything else begins anew.",
     )
     imports: tuple[str, ...] = Field(
         default=(),
+        title="Modules to import first",
         description="Modules of yours that are imported first: what they register (datasets,"
         " interfaces, families) is then known by its name.",
     )
-    store: StoreConfig = Field(default_factory=StoreConfig)
-    runtime_env: RuntimeEnvConfig = Field(default_factory=RuntimeEnvConfig)
-    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
-    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
-    models: dict[str, ModelConfig] = Field(
-        default_factory=dict, description="Placement of modules, by name."
+    store: StoreConfig = Field(
+        default_factory=StoreConfig, description="Where everything that must last is written."
     )
-    log_level: str = Field(default="WARNING", description="Of the workers.")
+    runtime_env: RuntimeEnvConfig = Field(
+        default_factory=RuntimeEnvConfig,
+        title="Packages for the workers",
+        description="What the workers' processes need beside what is installed (Ray's runtime"
+        " environment).",
+    )
+    cluster: ClusterConfig = Field(
+        default_factory=ClusterConfig,
+        title="Ray cluster",
+        description="The machines that do the work; by default this one.",
+    )
+    runtime: RuntimeConfig = Field(
+        default_factory=RuntimeConfig,
+        title="Course of the run",
+        description="How long the run is, and how many completions each step learns from.",
+    )
+    models: dict[str, ModelConfig] = Field(
+        default_factory=dict,
+        title="Placement of models",
+        description='Placement of modules, by name, as JSON: `{"policy": {"num_gpu": 2}}`.'
+        " By default all share one machine.",
+    )
+    log_level: str = Field(
+        default="WARNING",
+        title="Log level of the workers",
+        description="How much the worker processes write to their logs.",
+        json_schema_extra={"enum": list(_LEVELS)},
+    )
 
     @field_validator("log_level")
     @classmethod
     def _known_level(cls, value: str) -> str:
-        levels = [name for name in logging.getLevelNamesMapping() if name != "NOTSET"]
-        if value.upper() not in levels:
-            raise ValueError(f"log_level={value} is no level: use one of {', '.join(levels)}")
+        if value.upper() not in _LEVELS:
+            raise ValueError(f"log_level={value} is no level: use one of {', '.join(_LEVELS)}")
         return value.upper()
 
     def for_model(self, name: str) -> ModelConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import (
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -13,7 +12,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf_flows.settings import Settings, or_text
+from rlhf_flows.settings import Settings
 
 __all__ = ["DatasetSettings"]
 
@@ -21,7 +20,8 @@ __all__ = ["DatasetSettings"]
 class DatasetSettings(Settings):
     """In place of the fields, the path alone may be given: `dataset=rows.jsonl`."""
 
-    model_config = ConfigDict(json_schema_extra=or_text("file"))
+    form_text = "File"
+    form_title = "Rows of another type"
 
     path: str = Field(
         description="JSONL, JSON or Parquet file of rows, local or by URL (s3://bucket/key)."

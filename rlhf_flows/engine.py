@@ -22,6 +22,7 @@ from rlhf_flows.attempt import (
     Trainer,
     check,
     check_store,
+    is_template,
     run_as_flow,
 )
 from rlhf_flows.config import EngineConfig
@@ -34,6 +35,7 @@ from rlhf_flows.initialization import initial_config
 from rlhf_flows.modules.base import BaseModule
 from rlhf_flows.reporting.inspection import release_pools
 from rlhf_flows.store import open_store
+from rlhf_flows.tasks.backfill import Backfill
 from rlhf_flows.tasks.evaluation import evaluated_batches
 from rlhf_flows.tasks.progress import Progress
 from rlhf_flows.tasks.weights import SyncPair
@@ -62,6 +64,7 @@ class Engine:
         self._syncs: list[SyncPair] = []
         self._relay: Callable[[Any], Any] | None = None
         self._last_run: str | None = None
+        self._backfill: Backfill | None = None
         self._running: list[Callable[[], None]] = []
         """How to stop what runs, in whichever thread."""
 
@@ -202,7 +205,8 @@ class Engine:
             self.configure(settings)
         description = self._describe(takeover=takeover, progress=progress)
         result = await self._stoppable(run_as_flow(description))
-        self._last_run = result.run
+        # Of a backfill that is another run, whose actors are not this engine's to end.
+        self._last_run = result.run if self._backfill is None else None
         return result
 
     async def _stoppable(self, work: Coroutine[Any, Any, T]) -> T:
@@ -247,7 +251,7 @@ class Engine:
                 "evaluate was called on an engine without an evaluator: give it one with"
                 " set_evaluator(Evaluator(eval_flow).set_dataset(rows))"
             )
-        if self.config.run_name is None and self._last_run is not None:
+        if self._named is None and self._last_run is not None:
             self.configure({"run_name": self._last_run})
         description = self._describe(takeover=takeover, only_evaluates=True)
         result = _in_own_loop(lambda: self._stoppable(run_as_flow(description)))
@@ -262,9 +266,15 @@ class Engine:
         """
         for stop in list(self._running):
             stop()
-        address, run = self.config.cluster.address, self.config.run_name or self._last_run
+        address, run = self.config.cluster.address, self._named or self._last_run
         if address is not None and run is not None:
             release_pools(address, run)
+
+    @property
+    def _named(self) -> str | None:
+        """The run's name where it is given, and no template of one."""
+        name = self.config.run_name
+        return None if is_template(name) else name
 
     def graph(self) -> str:
         """The flows as Mermaid text. Raises GraphError where one cannot be traced."""
@@ -314,6 +324,7 @@ class Engine:
             progress=progress,
             relay=self._relay,
             only_evaluates=only_evaluates,
+            backfill=self._backfill,
         )
 
 

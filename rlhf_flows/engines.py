@@ -15,6 +15,7 @@ from rlhf_flows.data import Batch
 from rlhf_flows.engine import Engine, Environment, Evaluator, Trainer
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.modules.base import BaseModule
+from rlhf_flows.tasks.backfill import Backfill
 
 __all__ = [
     "DPOEngine",
@@ -238,6 +239,11 @@ class EvalEngine(Engine):
         if not several:
             raise ConfigError("an EvalEngine without models has nothing to ask: give it one")
         super().__init__(None, None, _evaluator(*several), name=name)
+
+    def set_backfill(self, backfill: Backfill) -> Self:
+        """Versions of another run, evaluated into that one in place of the models as they are."""
+        self._backfill = backfill
+        return self
 
     def eval(self, **settings: Any) -> dict[str, list[Batch]]:
         """`Engine.evaluate`, as ChatLearn calls it."""

@@ -15,6 +15,7 @@ __all__ = [
     "DataError",
     "FencedError",
     "GraphError",
+    "GuardRailError",
     "InputLostError",
     "NoAnswerError",
     "NonFiniteError",
@@ -22,6 +23,7 @@ __all__ = [
     "ObjectNotFoundError",
     "PoolError",
     "QuarantineError",
+    "RankLostError",
     "ReplicaDiedError",
     "ResourcesError",
     "RewardError",
@@ -31,6 +33,7 @@ __all__ = [
     "RunConflictError",
     "ShardDamageError",
     "ShardError",
+    "SiblingFailedError",
     "StoreDamageError",
     "StoreError",
     "StoreProbeError",
@@ -66,7 +69,12 @@ class GraphError(UserError):
     """A flow function that cannot be traced into a graph."""
 
 
-class NonFiniteError(RlhfFlowsError):
+class GuardRailError(RlhfFlowsError):
+    """A run that was stopped by a guard rail (`runtime.stop_if`). A person has to look first; what
+    was committed is kept, and the message names the last good checkpoint."""
+
+
+class NonFiniteError(GuardRailError):
     """Training met a loss or gradient that is not finite; the weights were left as they are."""
 
 
@@ -145,6 +153,16 @@ class PoolError(RlhfFlowsError):
 
 class ReplicaDiedError(PoolError, TransientError):
     """A replica of a pool died while it worked."""
+
+
+class SiblingFailedError(PoolError):
+    """Another rank of the replica failed at what all of them did together; the message says how.
+    All of them are through with it, and in step.
+    """
+
+
+class RankLostError(TransientError):
+    """A rank of a replica waited for another one that is gone or stuck; the message names it."""
 
 
 class SyncError(PoolError):

@@ -5,16 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 from rlhf_flows.errors import ConfigError
+from rlhf_flows.records.finding import find_run, missing_version
 from rlhf_flows.services.environment import cache_folder
 from rlhf_flows.store import (
     FolderRecord,
     ObjectStore,
     RunLayout,
-    check_run_name,
     fetch_folder,
     open_store,
     read_json,
-    scan,
 )
 from rlhf_flows.store.patience import BRIEF_S
 
@@ -63,16 +62,11 @@ def export_model(
 
 
 def _weights(store: ObjectStore, run: str, version: int | None, module: str) -> FolderRecord:
-    state = scan(store, check_run_name(run))
-    if not state.exists:
-        raise ConfigError(f"there is no run {run!r} in {store.url}: `rlhf-flows ls` lists them")
+    state = find_run(store, run)
     newest = state.trained_episodes
     version = newest if version is None else version
     if not 1 <= version <= newest:
-        raise ConfigError(
-            f"run {run!r} has no trained version {version}: "
-            + (f"it has versions 1 to {newest}" if newest else "nothing is trained yet")
-        )
+        raise missing_version(run, version, newest)
     checkpoints = read_json(store, RunLayout(run).trained(version - 1))["checkpoints"]
     averages = [entry.get("averages", {}) for entry in checkpoints.values()]
     if not module and len(checkpoints) > 1:

@@ -4,7 +4,8 @@ Version `v` is what training of episode `v - 1` committed. The edges (design, se
 
 - rollout of episode e: the sync to the version that it samples from, and the rollout before it;
 - scoring of e: consumes rollout of e shard by shard;
-- training of e: training of e - 1, and scoring of e shard by shard;
+- training of e: training of e - 1 (with `max_staleness` above 0 its files are enough, and the
+  upload and the commit go on beside), and scoring of e shard by shard;
 - sync to v: training of v - 1, and everybody who still asks the samplers for an older version;
 - evaluation of v: the sync to v;
 - training of e: where a phase asks a trained module itself, all that this phase asks of version e.
@@ -25,6 +26,7 @@ from rlhf_flows.errors import TransientError
 from rlhf_flows.store import ShardPhase
 from rlhf_flows.tasks import Runtime, evaluation, param_sync, rollout, scoring, training
 from rlhf_flows.tasks.evaluation import evaluation_digest
+from rlhf_flows.tasks.guarding import held_version
 from rlhf_flows.tasks.retention import retain
 from rlhf_flows.together import together
 
@@ -53,6 +55,8 @@ class RunResult:
     """Keys of the shards of each evaluation."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of this attempt, by phase."""
+    left_out: tuple[int, ...] = ()
+    """Versions that were to be evaluated, but whose weights retention had deleted."""
 
 
 async def run_episodes(runtime: Runtime) -> RunResult:
@@ -71,6 +75,8 @@ def is_finished(runtime: Runtime) -> bool:
 
 def phases_of(runtime: Runtime) -> dict[str, list[int]]:
     """The episodes or policy versions of each phase, of the whole run, done or not."""
+    if runtime.backfill is not None:
+        return {"evaluation": list(runtime.backfill.versions)}
     phases = _Phases(runtime)
     episodes, versions = range(phases.last), range(phases.last + 1)
     numbers = {
@@ -177,7 +183,10 @@ class _Phases:
             raise
 
     async def _training(self, episode: int) -> None:
-        await self._after(("training", episode - 1))
+        if self.runtime.config.runtime.max_staleness:
+            await self.runtime.ahead.until_written(episode)
+        else:
+            await self._after(("training", episode - 1))
         for phase in ("rollout", "scoring"):
             # Whoever is asked for samples of a version must not leave it meanwhile.
             if self.runtime.trained_in(phase):
@@ -215,8 +224,15 @@ class _Phases:
         # Where nothing samples from what follows, as beside a reward model's training, training
         # does not wait for it: a version may be several behind when it is its turn.
         needed |= {v for (phase, v), t in self._done.items() if phase == "sync" and not t.done()}
+        evaluations = None
+        if self.runtime.evaluator is not None:
+            evaluations = self.evaluations
+            # Done, and not read yet: they may be among the best.
+            needed |= self._evaluated_versions() - self.evaluations.keys()
         try:
-            await retain(self.runtime, newest=newest, needed=needed)
+            if (held := await held_version(self.runtime, newest)) is not None:
+                needed.add(held)
+            await retain(self.runtime, newest=newest, needed=needed, evaluations=evaluations)
         except TransientError as e:
             logger.warning("old weights were not deleted, the next version tries again: %s", e)
 

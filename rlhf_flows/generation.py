@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, field_validator
 
@@ -26,21 +26,36 @@ FinishReason = Literal["stop", "length"]
 class GenerationSettings(Settings):
     """Sampling parameters of one kind of generation (training rollouts, or evaluation)."""
 
-    max_new_tokens: Annotated[int, Field(ge=1)] = Field(
-        default=256, description="Longest completion, in tokens, the end token included."
+    form_first: ClassVar[tuple[str, ...]] = ("max_new_tokens", "temperature", "top_p")
+
+    max_new_tokens: int = Field(
+        default=256,
+        ge=1,
+        title="Longest completion (tokens)",
+        description="Longest completion, in tokens, the end token included.",
     )
-    temperature: Annotated[float, Field(ge=0.0, le=2.0)] = Field(
+    temperature: float = Field(
         default=1.0,
-        description="Divides the logits: 0.01 to 2, what vLLM takes; 0 takes the likeliest token.",
+        ge=0.0,
+        le=2.0,
+        description="Randomness of sampling: what the logits are divided by, from 0.01 to 2; 0"
+        " always takes the likeliest token.",
     )
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] = Field(
-        default=1.0, description="Samples from the smallest set of tokens with this probability."
+    top_p: float = Field(
+        default=1.0,
+        gt=0.0,
+        le=1.0,
+        description="Samples from the smallest set of tokens with this probability.",
     )
-    top_k: Annotated[int, Field(ge=0)] = Field(
-        default=0, description="Samples from this many most likely tokens; 0 takes all."
+    top_k: int = Field(
+        default=0,
+        ge=0,
+        description="Samples from this many most likely tokens; 0 takes all.",
     )
-    min_p: Annotated[float, Field(ge=0.0, le=1.0)] = Field(
+    min_p: float = Field(
         default=0.0,
+        ge=0.0,
+        le=1.0,
         description="Leaves out tokens less likely than this times the most likely one.",
     )
     stop: tuple[str, ...] = Field(

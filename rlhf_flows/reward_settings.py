@@ -7,11 +7,10 @@ actors' specification and into Prefect's database.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import (
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -20,7 +19,7 @@ from pydantic import (
     model_validator,
 )
 
-from rlhf_flows.settings import Settings, or_text
+from rlhf_flows.settings import Settings
 
 __all__ = ["OnFailure", "RewardSettings", "ScoredText"]
 
@@ -51,7 +50,10 @@ class RewardSettings(Settings):
     `reward=package.module:function`.
     """
 
-    model_config = ConfigDict(json_schema_extra=or_text("package.module:function"))
+    form_text = "Function"
+    form_title = "Model, program, service"
+    form_first: ClassVar[tuple[str, ...]] = ("model", "classifier", "command", "url", "interface")
+    form_last: ClassVar[tuple[str, ...]] = ("function",)
 
     function: str | None = Field(
         default=None, description="A function of yours: package.module:function."
@@ -125,7 +127,9 @@ class RewardSettings(Settings):
         description="A sample whose reward fails ends the run, or is given failure_reward and"
         " keeps the cause in its column reward_failure.",
     )
-    failure_reward: float = Field(default=0.0, description="With on_failure=score.")
+    failure_reward: float = Field(
+        default=0.0, description="The reward of a sample that failed, with on_failure=score."
+    )
 
     @model_validator(mode="before")
     @classmethod

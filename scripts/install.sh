@@ -3,6 +3,7 @@
 #
 #   scripts/install.sh           what a run needs
 #   scripts/install.sh --dev     and what tests and lint need
+#   scripts/install.sh --browser and what the tests in a browser need
 #
 # PYTHON chooses the interpreter, VENV the folder (.venv). A stamp in the folder makes a second
 # call free until pyproject.toml, a lock or this script changes.
@@ -92,6 +93,7 @@ once runtime install_runtime
 for option in "$@"; do
     case $option in
         --dev) once dev install_extra dev ;;
-        *) die "unknown option $option: --dev is known" ;;
+        --browser) once browser install_extra browser ;;
+        *) die "unknown option $option: --dev and --browser are known" ;;
     esac
 done

@@ -174,6 +174,7 @@ def test_what_generates_is_known_from_its_class() -> None:
         Writer("w").inference({})
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("services")
 def test_a_graph_of_calls_is_the_flow_that_it_describes_bit_for_bit(
     tmp_path: Path, services: str
@@ -192,6 +193,7 @@ def by_length(completion: str) -> float:
     return float(len(completion))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("services")
 def test_the_graph_of_the_guide_trains_a_real_model(tmp_path: Path) -> None:
     """As the page has it, but for where things are and how many there are."""

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_flows.config import MAY_CHANGE, EngineConfig
 from rlhf_flows.config_loading import load_config
+from rlhf_flows.deployments.evaluate import EvaluateConfig
 from rlhf_flows.deployments.grpo import GRPOConfig
 from rlhf_flows.deployments.quickstart import QuickstartConfig
 from rlhf_flows.deployments.sft import SFTConfig
@@ -117,7 +118,8 @@ def test_fields_that_may_change_exist() -> None:
         first, _, rest = name.partition(".")
         if first == "flows":  # not of the configuration: the calls of each flow
             continue
-        fields = GRPOConfig.model_fields  # a recipe's, which has all that an engine's has
+        # Recipes', which have all that an engine's has.
+        fields = {**EvaluateConfig.model_fields, **GRPOConfig.model_fields}
         assert first in fields
         if rest and "*" not in rest:
             nested = fields[first].annotation

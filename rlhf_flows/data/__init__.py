@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rlhf_flows.data.columns import COLUMNS, COLUMNS_VERSION, GENERATED_COLUMNS, Column
     from rlhf_flows.data.dataset_kinds import register_dataset
     from rlhf_flows.data.demonstrations import DemonstrationDataset
-    from rlhf_flows.data.packing import cut_by_tokens
+    from rlhf_flows.data.packing import cut_by_tokens, deal
     from rlhf_flows.data.plan import (
         EpisodePlan,
         GroupRef,
@@ -88,6 +88,7 @@ __all__ = [
     "columns_of",
     "concat",
     "cut_by_tokens",
+    "deal",
     "from_arrow",
     "from_parquet",
     "keep_samples",
@@ -116,7 +117,7 @@ _HOME = {
     "arrow": ["from_arrow", "from_parquet", "parquet_metadata", "to_arrow", "to_parquet"],
     "batch": ["Batch", "Samples", "batch_size", "collate", "concat", "select", "to_samples"],
     "columns": ["COLUMNS", "COLUMNS_VERSION", "GENERATED_COLUMNS", "Column"],
-    "packing": ["cut_by_tokens"],
+    "packing": ["cut_by_tokens", "deal"],
     "plan": [
         "EpisodePlan",
         "GroupRef",

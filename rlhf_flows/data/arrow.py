@@ -35,7 +35,14 @@ from rlhf_flows.data.columns import COLUMNS_VERSION
 from rlhf_flows.data.sealing import check_seal, seal
 from rlhf_flows.errors import DataDamageError, DataError
 
-__all__ = ["from_arrow", "from_parquet", "parquet_metadata", "to_arrow", "to_parquet"]
+__all__ = [
+    "from_arrow",
+    "from_parquet",
+    "parquet_metadata",
+    "table_from_parquet",
+    "to_arrow",
+    "to_parquet",
+]
 
 _FIELD_KEY = b"rlhf_flows"
 _VERSION_KEY = "rlhf_flows.columns_version"
@@ -123,6 +130,21 @@ def from_parquet(data: bytes, columns: Sequence[str] | None = None) -> Batch:
         table = table.select(list(columns))
     # Pages are decoded into memory of their own, and the table goes no further than here.
     return from_arrow(table, zero_copy=True)
+
+
+def table_from_parquet(data: bytes, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table as any reader sees it, without what the metadata says to us; of `columns`, those
+    that the file has, in its order.
+
+    Raises DataDamageError for bytes that are not what was written.
+    """
+    file = _open(data)
+    names = [n for n in file.schema_arrow.names if columns is None or n in columns]
+    try:
+        table = file.read(columns=names)
+    except (pa.ArrowException, OSError) as e:
+        raise DataDamageError(f"a Parquet file of {len(data)} bytes cannot be read: {e}") from e
+    return table.cast(pa.schema([pa.field(f.name, f.type) for f in table.schema]))
 
 
 def parquet_metadata(data: bytes) -> dict[str, str]:

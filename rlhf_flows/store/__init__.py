@@ -3,6 +3,7 @@
 from rlhf_flows.store.attempts import (
     Attempt,
     Outcome,
+    attempt_that_may_live,
     check_fence,
     deaths_in_a_row,
     end_attempt,
@@ -18,7 +19,7 @@ from rlhf_flows.store.patience import Patience
 from rlhf_flows.store.probe import probe_put_if_absent
 from rlhf_flows.store.runs import RunRecord, config_digest, open_run
 from rlhf_flows.store.scan import EpisodeState, EvaluationState, RunState, scan, scan_keys
-from rlhf_flows.store.sweeping import sweep_folders, sweep_run
+from rlhf_flows.store.sweeping import LeftoverFolder, leftover_folders, sweep_folders, sweep_run
 
 __all__ = [
     "Attempt",
@@ -28,6 +29,7 @@ __all__ = [
     "FileRecord",
     "FolderRecord",
     "KeyParts",
+    "LeftoverFolder",
     "ObjectInfo",
     "ObjectStore",
     "Outcome",
@@ -36,6 +38,7 @@ __all__ = [
     "RunRecord",
     "RunState",
     "ShardPhase",
+    "attempt_that_may_live",
     "check_fence",
     "check_run_name",
     "commit_bytes",
@@ -45,6 +48,7 @@ __all__ = [
     "delete_folder",
     "end_attempt",
     "fetch_folder",
+    "leftover_folders",
     "newest_attempt",
     "open_run",
     "open_store",

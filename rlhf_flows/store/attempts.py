@@ -27,6 +27,7 @@ from rlhf_flows.store.objects import ObjectStore
 __all__ = [
     "Attempt",
     "Outcome",
+    "attempt_that_may_live",
     "check_fence",
     "deaths_in_a_row",
     "end_attempt",
@@ -145,6 +146,24 @@ def deaths_in_a_row(store: ObjectStore, run: str) -> list[int]:
         elif outcome != "fenced":
             break
     return deaths
+
+
+def attempt_that_may_live(store: ObjectStore, run: str) -> dict[str, Any] | None:
+    """The record of the newest attempt, unless it has ended or its process on this host is gone.
+
+    What runs on another host cannot be seen from here: it may live, with `host` and `pid` to look
+    for. Attempts before the newest are fenced.
+    """
+    layout = RunLayout(run)
+    numbers, ended = _listed(store, layout)
+    newest = max(numbers, default=0)
+    if not newest or newest in ended:
+        return None
+    theirs = read_json(store, layout.attempt(newest))
+    mine = _this_process()
+    is_mine = (theirs["host"], theirs["pid"]) == (mine["host"], mine["pid"])
+    is_elsewhere = theirs["host"] != mine["host"]
+    return theirs if is_elsewhere or is_mine or _is_alive(theirs, mine) else None
 
 
 def check_fence(store: ObjectStore, run: str, number: int) -> None:

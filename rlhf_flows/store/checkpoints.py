@@ -48,7 +48,9 @@ class FolderRecord:
 
 
 def upload_folder(store: ObjectStore, prefix: str, local: Path) -> FolderRecord:
-    """Upload all files below `local` to a prefix with a uuid that is used only here."""
+    """Upload all files below `local` to a prefix with a uuid that is used only here, or also by
+    other ranks that write their part of the folder.
+    """
     return FolderRecord(prefix=prefix, files=store.put_folder(local, prefix))
 
 

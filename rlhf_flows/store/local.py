@@ -130,9 +130,10 @@ class LocalStore:
             local.relative_to(self.root).as_posix()
         )
         take = _link if is_ours else _copy
-        if base.exists():
-            raise StoreError(f"cannot upload to {base}: something is there already")
         files = list_files(local)
+        # Other files may be: ranks that write one checkpoint together write to one prefix.
+        if any((base / name).exists() for name, _ in files):
+            raise StoreError(f"cannot upload to {base}: something is there already")
         folders = {(base / name).parent for name, _ in files}
 
         def take_one(source: Path, target: Path) -> None:

@@ -112,7 +112,8 @@ class ObjectStore(Protocol):
         """An empty local folder to make files in that `put_folder` will take, gone afterwards."""
 
     def put_folder(self, local: Path, prefix: str) -> tuple[FileRecord, ...]:
-        """Upload every file below `local` under a prefix that nobody else ever uses.
+        """Upload every file below `local` under a prefix where nobody else ever writes files of
+        these names.
 
         Plain writes: the folder is real only once a commit lists these records. Files in a
         `working_folder` of this store need not be copied: they are not to be written to again.

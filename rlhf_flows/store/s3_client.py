@@ -38,8 +38,10 @@ def connect() -> s3fs.S3FileSystem:
         "request_checksum_calculation": "when_required",
         "response_checksum_validation": "when_required",
     }
-    if "AWS_ENDPOINT_URL" in os.environ or "AWS_ENDPOINT_URL_S3" in os.environ:
-        config["s3"] = {"addressing_style": "path"}
+    has_endpoint = "AWS_ENDPOINT_URL" in os.environ or "AWS_ENDPOINT_URL_S3" in os.environ
+    style = os.environ.get("RLHF_FLOWS_S3_ADDRESSING_STYLE") or ("path" if has_endpoint else None)
+    if style is not None:
+        config["s3"] = {"addressing_style": style}
     client = s3fs.S3FileSystem(
         config_kwargs=config, skip_instance_cache=True, use_listings_cache=False
     )

@@ -10,12 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
 
 from rlhf_flows.errors import StoreError
 from rlhf_flows.store.layout import RunLayout, parse_key
 from rlhf_flows.store.objects import ObjectInfo, ObjectStore
 
-__all__ = ["sweep_folders", "sweep_run"]
+__all__ = ["LeftoverFolder", "leftover_folders", "sweep_folders", "sweep_run"]
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,32 @@ def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0)
     never were part of the run. And folders that have such a record, of any age: whoever wrote it
     was killed before it came to delete them, and nobody else ever would.
     """
+    swept = []
+    for folder in leftover_folders(store, run, older_than_s=older_than_s):
+        if folder.kind != "uncommitted":
+            store.delete(file.key for file in folder.files)
+            swept.append(folder.prefix)
+    return swept
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeftoverFolder:
+    """A folder of weights or state that no commit lists, or that was to be deleted."""
+
+    prefix: str
+    version: int
+    kind: Literal["deleted", "unlisted", "uncommitted"]
+    """Recorded as deleted, and still there; not in the commit of its version; of a version that has
+    no commit: whoever makes one may list it yet."""
+    files: tuple[ObjectInfo, ...]
+
+
+def leftover_folders(
+    store: ObjectStore, run: str, *, older_than_s: float = 3600.0
+) -> list[LeftoverFolder]:
+    """What there is of such folders; those that are not recorded as deleted only where their
+    youngest file is older than `older_than_s`. Reads only.
+    """
     layout = RunLayout(run)
     before_s = time.time() - older_than_s
     committed: set[int] = set()
@@ -70,18 +98,17 @@ def sweep_folders(store: ObjectStore, run: str, *, older_than_s: float = 3600.0)
             folders.setdefault((parts.version, prefix), []).append(info)
 
     commits: dict[int, bytes] = {}
-    swept = []
+    found = []
     for (version, prefix), files in folders.items():
-        if prefix in deleted:
-            store.delete(file.key for file in files)
-            swept.append(prefix)
-            continue
-        if version not in committed or max(file.modified_s for file in files) > before_s:
-            continue
-        if version not in commits:
-            commits[version] = store.get(layout.trained(version - 1))
-        # Wherever the commit has it: what it says of a folder is not the business of this room.
-        if f'"{prefix}"'.encode() not in commits[version]:
-            store.delete(file.key for file in files)
-            swept.append(prefix)
-    return swept
+        kind: Literal["deleted", "unlisted", "uncommitted"] = "deleted"
+        if prefix not in deleted:
+            if max(file.modified_s for file in files) > before_s:
+                continue
+            kind = "unlisted" if version in committed else "uncommitted"
+            if kind == "unlisted" and version not in commits:
+                commits[version] = store.get(layout.trained(version - 1))
+            # Wherever the commit has it: what it says of a folder is not this room's business.
+            if kind == "unlisted" and f'"{prefix}"'.encode() in commits[version]:
+                continue
+        found.append(LeftoverFolder(prefix=prefix, version=version, kind=kind, files=tuple(files)))
+    return found

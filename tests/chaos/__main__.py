@@ -18,6 +18,7 @@ from pathlib import Path
 
 from tests import conftest  # noqa: F401  sets the environment that tests run in
 from tests.chaos.campaign import Death, Outcome, table
+from tests.chaos.kinds import KINDS
 
 
 def main() -> int:
@@ -25,11 +26,8 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--first-seed", type=int, default=0)
     kind = parser.add_mutually_exclusive_group()
-    for name, what in (
-        ("real", "vLLM and the torch trainer, no toys"),
-        ("rlhf", "PPO with six models, vLLM among them"),
-    ):
-        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=what)
+    for name, of in KINDS.items():
+        kind.add_argument(f"--{name}", dest="kind", action="store_const", const=name, help=of.what)
     parser.set_defaults(kind="toys")
     parser.add_argument("--json", type=Path, help="write the outcome of each seed, a line each")
     parser.add_argument("--tally", type=Path, help="only show the table of such a file")

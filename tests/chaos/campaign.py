@@ -3,8 +3,8 @@
 A seed is one small whole run on a real Ray head, a real Prefect server and a real store. Its first
 victim dies at a named point (the seeds go through all of them in turn), the others at named points
 or at random times. A flow that died is started again, as a person or an automation would; workers
-are the run's own business. At the end the run must be, to the bit, the undisturbed one. In every
-fifth seed the trainer has two ranks, and the second is a victim, too.
+are the run's own business. At the end the run must be, to the bit, the undisturbed one. Of which
+modules it is made, and who is a victim where, is the affair of kinds.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from rlhf_flows.store import open_store, scan, sweep_run
-from tests.chaos.points import POINTS, Order
+from tests.chaos.kinds import KINDS, SECOND_RANK
+from tests.chaos.points import Order
 from tests.end_to_end.whole_run import (
     assert_exactly_once,
     assert_same_bits,
@@ -43,14 +44,10 @@ RUNTIME: dict[str, Any] = {
     "keep_last": 1,
     "shard_timeout_s": 60.0,
     "max_replica_restarts": 4,
+    "collective_timeout_s": 20.0,
 }
-SLOW_S = 0.05
 MOST_ATTEMPTS = 8
 PATIENCE_S = 120.0
-_WORKERS = ("policy", "reward", "trainer")
-_MORE_WORKERS = {"rlhf": ("reference", "value", "value_trainer")}
-Kind = Literal["toys", "real", "rlhf"]
-_RANK = "trainer rank 1"
 _RANK_POINTS = ("before a step", "in the middle of a step", "after a step")
 _START_S = 300.0
 
@@ -85,13 +82,13 @@ class Outcome:
 class Campaign:
     """Runs seeds one after another, on services that are there."""
 
-    def __init__(self, root: Path, *, address: str, kind: Kind = "toys") -> None:
+    def __init__(self, root: Path, *, address: str, kind: str = "toys") -> None:
         """
         Args:
-            kind: Which engine: toys, vLLM and the torch trainer ("real"), or PPO with six models.
+            kind: One of `KINDS`.
         """
         self.root = root
-        self.kind: Kind = kind
+        self.kind, self._of = kind, KINDS[kind]
         self.store = root / "store"
         self.address = address
         self.usual_s = 10.0
@@ -104,7 +101,7 @@ class Campaign:
         """The run that all others are held against."""
         started = time.monotonic()
         folder = self._folder("undisturbed")
-        pid = self._zygote.fork(self._settings("undisturbed", folder, ranks=1))
+        pid = self._zygote.fork(self._settings("undisturbed", folder, ranks=self._of.ranks))
         while (code := self._zygote.poll(pid)) is None:
             assert time.monotonic() - started < _START_S, _tail(folder)
             time.sleep(0.1)
@@ -127,7 +124,7 @@ class Campaign:
 
     def _live_through(self, run: str, outcome: Outcome) -> None:
         folder = self._folder(run)
-        settings = self._settings(run, folder, ranks=ranks_of(outcome.seed, kind=self.kind))
+        settings = self._settings(run, folder, ranks=self._of.ranks_of(outcome.seed))
         left = list(outcome.deaths)
         while True:
             outcome.attempts += 1
@@ -179,7 +176,7 @@ class Campaign:
 
     def _audit(self, run: str) -> None:
         assert_same_bits(self.store, run, reference="undisturbed")
-        assert_exactly_once(self.store, run, episodes=EPISODES)
+        assert_exactly_once(self.store, run, episodes=EPISODES, staleness=self._of.staleness)
         assert evaluated_versions(self.store, run) == list(range(EPISODES + 1))
         # What the killed left behind is found and goes; then nothing is there that should not be.
         sweep_run(open_store(str(self.store)), run, older_than_s=0.0)
@@ -202,33 +199,33 @@ class Campaign:
             "folder": str(folder),
             "address": self.address,
             "models": {"trainer": {"ranks_per_replica": ranks}},
-            "runtime": RUNTIME,
-            "slow_s": SLOW_S,
+            "runtime": {**RUNTIME, **self._of.runtime},
             "kind": self.kind,
         }
 
 
-def ranks_of(seed: int, *, kind: Kind = "toys") -> int:
-    """Of the trainer."""
-    return 2 if seed % 5 == 4 and kind == "toys" else 1
-
-
-def deaths_of(seed: int, usual_s: float, *, kind: Kind = "toys") -> list[Death]:
-    """One to four deaths; the first at the named point whose turn it is."""
-    draws = random.Random(seed)
-    who, point = POINTS[seed % len(POINTS)]
-    deaths = [Death(who=who, point=point, visit=1 + (seed // len(POINTS)) % 4)]
+def deaths_of(seed: int, usual_s: float, *, kind: str = "toys") -> list[Death]:
+    """One to four deaths; the first at the named points whose turn it is."""
+    draws, of = random.Random(seed), KINDS[kind]
+    deaths = []
+    for turn in range(seed * of.in_turn, (seed + 1) * of.in_turn):
+        who, point = of.points[turn % len(of.points)]
+        deaths.append(Death(who=who, point=point, visit=1 + (turn // len(of.points)) % 4))
     for _ in range(draws.randrange(3)):
         if draws.random() < 0.5:
-            who, point = draws.choice(POINTS)
+            who, point = draws.choice(of.points)
             deaths.append(Death(who=who, point=point, visit=draws.randint(1, 4)))
         else:
-            victim = draws.choice(("flow", *_WORKERS, *_MORE_WORKERS.get(kind, ())))
+            victim = draws.choice(of.victims)
             deaths.append(Death(who=victim, after_s=draws.uniform(0.0, usual_s)))
-    if ranks_of(seed, kind=kind) > 1:
+    if of.in_turn > 1:
+        # The third death of a trainer in one phase ends the attempt: its task is tried three times.
+        deaths[of.in_turn :] = [d for d in deaths[of.in_turn :] if "trainer" not in d.who]
+    if of.ranks_of(seed) > of.ranks:
         point = draws.choice((None, *_RANK_POINTS))
         after_s = draws.uniform(0.0, usual_s)
-        deaths.append(Death(who=_RANK, point=point, visit=draws.randint(1, 4), after_s=after_s))
+        visit = draws.randint(1, 4)
+        deaths.append(Death(who=SECOND_RANK, point=point, visit=visit, after_s=after_s))
     return deaths
 
 
@@ -341,7 +338,7 @@ def _actors(namespace: str) -> list[str]:
 
 
 def campaign(
-    root: Path, seeds: Sequence[int], *, address: str, kind: Kind = "toys"
+    root: Path, seeds: Sequence[int], *, address: str, kind: str = "toys"
 ) -> Iterator[Outcome]:
     """The outcome of each seed, as it comes."""
     chaos = Campaign(root, address=address, kind=kind)

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["POINTS", "Order", "Points"]
+__all__ = ["POINTS", "RANK_POINTS", "Order", "Points"]
 
 _STORED = {
     "flow": ("run", "attempt", "plan", "trained", "evaluation_done", "deleted"),
@@ -53,6 +53,35 @@ POINTS: tuple[tuple[str, str], ...] = (
     *(("flow", f"advanced {p}") for p in ("rollout", "scoring", "training", "evaluation")),
 )
 """(who, where). Before and after are around the effect; after is before anybody hears of it."""
+
+RANK_POINTS: tuple[tuple[str, str], ...] = (
+    *(
+        (who, where)
+        for where in (
+            "in the middle of a collective",
+            "before a collective",
+            "after a collective",
+            "loading",
+            "before a step",
+            "in the middle of a step",
+            "after a step",
+            "giving weights",
+            "in the middle of giving weights",
+            "saving weights",
+            "saving state",
+            "probing",
+            "taking weights",
+        )
+        for who in ("trainer", "trainer rank 1")
+    ),
+    # Rank 0 alone uploads.
+    *(
+        ("trainer", f"{when} {kind}")
+        for kind in ("weights_file", "checkpoint_file")
+        for when in ("before", "inside", "after")
+    ),
+)
+"""Of a trainer of two ranks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

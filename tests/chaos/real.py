@@ -25,7 +25,7 @@ from rlhf_flows.models.value_trainer import ValueTrainer
 from rlhf_flows.models.vllm_policy import VLLMPolicy
 from tests.chaos.toys import Visiting
 
-__all__ = ["real_engine", "rlhf_engine"]
+__all__ = ["digits", "real_engine", "rlhf_engine"]
 
 EngineT = TypeVar("EngineT", GRPOEngine, RLHFEngine)
 
@@ -101,7 +101,7 @@ class Frozen(Visiting, Reference):
     pass
 
 
-def _digits(completion: str) -> float:
+def digits(completion: str) -> float:
     return sum(c.isdigit() for c in completion) / max(1, len(completion))
 
 
@@ -112,7 +112,7 @@ def real_engine(folder: Path) -> GRPOEngine:
     modules: list[Any] = [
         RealPolicy("policy", path=path, generation=settings, max_model_len=32),
         RealTrainer("trainer", path=path),
-        RealReward("reward", function=_digits),
+        RealReward("reward", function=digits),
     ]
     for module in modules:
         module.folder = folder

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.chaos.campaign import Campaign, Outcome, deaths_of, table
-from tests.chaos.points import POINTS
+from tests.chaos.kinds import KINDS, SECOND_RANK
+from tests.chaos.points import POINTS, RANK_POINTS
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +38,17 @@ def test_the_seeds_of_a_campaign_go_through_every_point_and_are_fixed() -> None:
         "trainer",
         "trainer rank 1",
     }
+
+
+def test_a_trainer_of_ranks_dies_at_each_of_its_points_and_never_more_than_twice_a_seed() -> None:
+    seeds = range(len(RANK_POINTS) // 2)
+    found = [deaths_of(seed, 10.0, kind="ranks") for seed in seeds]
+    assert {(d.who, d.point) for deaths in found for d in deaths} >= set(RANK_POINTS)
+    for deaths in found:
+        assert [d.who for d in deaths[2:] if d.who.startswith("trainer")] == []
+    assert all(KINDS["ranks"].ranks_of(seed) == 2 for seed in seeds)
+    anywhere = {point for who, point in RANK_POINTS if who == SECOND_RANK}
+    assert {point for who, point in RANK_POINTS if who == "trainer"} > anywhere
 
 
 def test_the_table_counts_deaths_that_happened_and_the_exact_runs_among_them() -> None:

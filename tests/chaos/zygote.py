@@ -14,7 +14,6 @@ import json
 import os
 import sys
 import traceback
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,12 @@ import torch
 import rlhf_flows.attempt.running
 import rlhf_flows.pools.worker  # noqa: F401
 from rlhf_flows.tasks import NoProgress
+from tests.chaos.kinds import KINDS
 from tests.chaos.points import Points
-from tests.chaos.real import real_engine, rlhf_engine
-from tests.chaos.toys import chaos_engine
 from tests.end_to_end.whole_run import learn
 
 torch.set_num_threads(1)
+_ENGINES = {name: kind.load() for name, kind in KINDS.items()}
 
 
 class _Progress(NoProgress):
@@ -51,13 +50,8 @@ def attempt(settings: dict[str, Any]) -> None:
     folder = Path(settings["folder"])
     points = Points("flow", folder)
     points.install()
-    engines = {
-        "toys": partial(chaos_engine, slow_s=settings["slow_s"]),
-        "real": real_engine,
-        "rlhf": rlhf_engine,
-    }
     learn(
-        engines[settings["kind"]](folder),
+        _ENGINES[settings["kind"]](folder),
         settings["store"],
         settings["run"],
         address=settings["address"],

@@ -49,6 +49,7 @@ def flipped(whole: bytes) -> bytes:
     return bytes(data)
 
 
+@pytest.mark.slow
 def test_damaged_shards_are_buried_and_made_again_to_the_bits_of_an_undisturbed_run(
     store: Path, plain: str
 ) -> None:
@@ -95,6 +96,7 @@ def test_damaged_shards_are_buried_and_made_again_to_the_bits_of_an_undisturbed_
     assert {k for k in undisturbed if found[k] != undisturbed[k]} == set(damaged)
 
 
+@pytest.mark.slow
 def test_a_shard_whose_weights_are_gone_cannot_be_made_again_and_says_so(store: Path) -> None:
     settings = {**SPARSE, "num_episode": 3}
     learn(toy_engine(eval_rows=0), store, "gone", **settings)
@@ -129,6 +131,7 @@ def lost_reference() -> Any:
     raise AssertionError("the reference outlives its owner")
 
 
+@pytest.mark.slow
 def test_training_reads_from_the_store_what_ray_has_lost(
     store: Path, plain: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -147,7 +150,7 @@ def test_training_reads_from_the_store_what_ray_has_lost(
     assert "an input of step 1 of 2 of training of episode 0" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_neither_are_shards_of_which_a_tombstone_alone_is_left(store: Path) -> None:
     settings = {**SPARSE, "num_episode": 3}
     learn(toy_engine(eval_rows=0), store, "buried", **settings)
@@ -241,7 +244,7 @@ def test_an_adopted_shard_that_is_damaged_is_made_again_and_nothing_else_is(
     assert sorted(twice) == sorted(from_parquet(again.read_bytes())["sample_id"])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_adopted_shard_says_who_is_missing_of_an_evaluation(store: Path, beaten: Path) -> None:
     (folder,) = (store / "beaten/evaluations/version=000002").iterdir()
     done = json.loads((folder / "done.json").read_text())
@@ -256,7 +259,7 @@ def test_an_adopted_shard_says_who_is_missing_of_an_evaluation(store: Path, beat
     assert done["metrics"]["reward"] == pytest.approx(sum(rewards) / 15)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_flow_without_rollout_puts_back_a_damaged_scoring_shard(store: Path) -> None:
     def learn_with(run: str, theirs: Mapping[Path, bytes]) -> None:
         reward, trainer = BeatenReward("reward", theirs=theirs), ToyTrainer("trainer")

@@ -193,6 +193,7 @@ class BestOfGroup(ToyTrainer):
         return data
 
 
+@pytest.mark.slow
 def test_online_dpo_gives_the_trainer_whole_groups(store: Path) -> None:
     engine = OnlineDPOEngine(
         TersePolicy("policy"), ToyReference("reference"), CarefulReward("reward"), BestOfGroup("t")
@@ -218,7 +219,7 @@ class Judge(BaseModule):
         return {"verdict": (data["reward"] == 1.0).float()}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_evaluation_asks_each_model_in_turn(store: Path) -> None:
     models = [TersePolicy("policy"), ToyReward("reward"), Judge("judge")]
     engine = EvalEngine(models).set_dataset(ROWS[:16])
@@ -262,7 +263,7 @@ class Slow(Preferring):
         super().load_weights(weights)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_weights_are_kept_until_a_slow_follower_has_them(store: Path) -> None:
     engine = RewardModelEngine(PairTrainer("trainer"), Slow("reward"))
     engine.set_dataset(PAIRS).set_eval_dataset(PAIRS[:4])

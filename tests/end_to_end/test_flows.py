@@ -76,6 +76,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("flows")
 
 
+@pytest.mark.slow
 def test_a_module_that_samples_learns_and_is_evaluated_gives_what_two_synced_ones_give(
     store: Path, services: str
 ) -> None:
@@ -97,7 +98,7 @@ def test_a_module_that_samples_learns_and_is_evaluated_gives_what_two_synced_one
         run(engine, store, "lagging", max_staleness=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_module_called_twice_several_outputs_and_an_order_without_data(
     store: Path, services: str
 ) -> None:
@@ -163,7 +164,7 @@ def test_the_batches_of_an_evaluation_come_back_and_are_post_processed(
     assert len(seen) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_evaluates_the_newest_version_of_its_run_and_trains_nothing(
     store: Path, services: str
 ) -> None:
@@ -200,7 +201,7 @@ def test_a_run_that_another_thread_stops_says_so_and_is_resumed(store: Path, ser
     assert result.resumed_at == reached
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_several_datasets_are_mixed_by_their_ratio(store: Path, services: str) -> None:
     engine = GRPOEngine(ToyPolicy("policy"), ToyTrainer("trainer"), ToyReward("reward"), name="toy")
     engine.set_multiple_datasets(
@@ -248,7 +249,7 @@ def test_relayed_samples_are_trained_on_and_again_after_a_death(store: Path, ser
         learn(engine(ToyTrainer("trainer")), store, "never", num_episode=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_module_may_be_synced_less_often_than_others_or_never(store: Path, services: str) -> None:
     two = {"policy": {"sync_frequency": 2}}
     learn(toy_engine(eval_rows=0), store, "every-second", num_episode=4, models=two)

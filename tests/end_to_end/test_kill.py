@@ -74,6 +74,7 @@ def released(services: str) -> Iterator[str]:
         ray.kill(ray.get_actor(actor["name"], actor["namespace"]))
 
 
+@pytest.mark.slow
 def test_a_run_killed_at_every_point_ends_with_the_bits_of_an_undisturbed_one(
     store: Path, undisturbed: str, released: str
 ) -> None:
@@ -116,7 +117,7 @@ def _actors_of(run: str) -> list[str]:
     return [actor["name"] for actor in actors if actor["namespace"].endswith(f"/{run}")]
 
 
-@pytest.mark.slow  # two heads and two servers start: a minute
+@pytest.mark.long  # two heads and two servers start: a minute
 def test_a_run_with_services_of_its_own_starts_cold_after_a_kill_and_leaves_no_process(
     store: Path, undisturbed: str
 ) -> None:
@@ -143,6 +144,7 @@ def test_a_run_with_services_of_its_own_starts_cold_after_a_kill_and_leaves_no_p
     assert len(pids(log)) == 2
 
 
+@pytest.mark.slow
 def test_a_stopped_attempt_is_not_replaced_unasked_and_is_fenced_when_it_wakes(
     store: Path, undisturbed: str, released: str
 ) -> None:

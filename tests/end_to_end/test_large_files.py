@@ -30,6 +30,7 @@ def lazy(path: Path) -> Any:
     return rows
 
 
+@pytest.mark.slow
 def test_a_file_read_by_workers_gives_the_bits_of_one_that_is_sent(
     file: Path, tmp_path: Path
 ) -> None:
@@ -38,7 +39,7 @@ def test_a_file_read_by_workers_gives_the_bits_of_one_that_is_sent(
     assert_same_bits(tmp_path, "read", reference="sent")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_large_file_is_mixed_with_rows_of_a_program(file: Path, tmp_path: Path) -> None:
     few = [{"prompt": "few", "id": f"few-{i}", "n": i} for i in range(4)]
     for run, rows in (("sent", ROWS), ("read", lazy(file))):

@@ -85,6 +85,7 @@ def test_a_run_whose_worker_node_dies_goes_on_where_there_is_room(
     assert_exactly_once(store, "node", episodes=EPISODES)
 
 
+@pytest.mark.long
 def test_the_loss_of_the_head_ends_the_attempt_by_name_and_the_next_one_starts_cold(
     store: Path, cluster: TestCluster
 ) -> None:

@@ -70,3 +70,21 @@ def test_a_killed_quickstart_ends_with_the_same_samples_and_weights(tmp_path: Pa
     summary = json.loads((tmp_path / "killed.json").read_text())
     assert summary["resumed_at"] >= 1
     assert set(summary["metrics"]["after"]) >= {"reward", "exact"}
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [(), ("trainer.backend=megatron", "trainer.tensor_parallel=2")],
+    ids=["torch", "two ranks of Megatron"],
+)
+def test_the_whole_quickstart_learns_to_sort(trainer: tuple[str, ...], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "rlhf_flows.cli", "train", "quickstart", *trainer]
+    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
+    summary = tmp_path / "summary.json"
+    done = subprocess.run(
+        [*command, "--json", str(summary)], cwd=tmp_path, env=environment, timeout=800, check=False
+    )
+    assert done.returncode == 0
+    metrics = json.loads(summary.read_text())["metrics"]
+    assert metrics["before"]["exact"] < 0.5
+    assert metrics["after"]["exact"] > 0.9

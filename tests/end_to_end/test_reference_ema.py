@@ -91,6 +91,7 @@ def test_the_reference_of_each_episode_is_the_average_of_its_version(
     ))  # fmt: skip
 
 
+@pytest.mark.slow
 def test_at_its_ends_it_is_the_policy_or_the_start(store: Path) -> None:
     learn(toy_engine(reference_ema=1.0, eval_rows=0), store, "near", **RUNTIME)
     learn(toy_engine(reference_ema=0.0, eval_rows=0), store, "far", **RUNTIME)
@@ -104,7 +105,7 @@ def test_at_its_ends_it_is_the_policy_or_the_start(store: Path) -> None:
     }
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_with_staleness_the_reference_lags_as_the_policy_does(store: Path) -> None:
     engine = toy_engine(reference_ema=ETA, eval_rows=0)
     learn(engine, store, "stale", max_staleness=1, keep_last=EPISODES, **RUNTIME)
@@ -112,7 +113,7 @@ def test_with_staleness_the_reference_lags_as_the_policy_does(store: Path) -> No
     assert_exactly_once(store, "stale", episodes=EPISODES, staleness=1)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_reference_that_is_synced_seldom_holds_the_average_of_its_version(store: Path) -> None:
     engine = toy_engine(reference_ema=ETA, eval_rows=0)
     models = {"reference": {"sync_frequency": 2}}
@@ -121,7 +122,7 @@ def test_a_reference_that_is_synced_seldom_holds_the_average_of_its_version(stor
     assert_scored_by(store, "seldom", [versions[e // 2 * 2] for e in range(EPISODES)])
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_retention_takes_the_averages_with_the_weights(store: Path) -> None:
     learn(toy_engine(reference_ema=ETA, eval_rows=0), store, "kept", keep_last=1, **RUNTIME)
     for version in range(1, EPISODES + 1):
@@ -132,7 +133,7 @@ def test_retention_takes_the_averages_with_the_weights(store: Path) -> None:
         assert sorted(found) == wanted
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_between_full_checkpoints_the_average_is_made_again_and_compared(
     store: Path, whole: str
 ) -> None:

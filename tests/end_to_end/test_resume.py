@@ -51,6 +51,7 @@ def forget(store: Path, run: str, *patterns: str) -> None:
             path.unlink()
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_and_more_episodes_with_more_replicas_go_on_from_it(
     store: Path, five: str, tmp_path: Path
 ) -> None:
@@ -100,6 +101,7 @@ def assert_only_the_newest_are_kept(
             assert found == [f"version={v:06d}" for v in versions]
 
 
+@pytest.mark.slow
 def test_between_full_checkpoints_a_resume_trains_again_to_the_committed_digests(
     store: Path, five: str, tmp_path: Path
 ) -> None:
@@ -113,6 +115,7 @@ def test_between_full_checkpoints_a_resume_trains_again_to_the_committed_digests
     assert weight_digests(store, "sparse") == weight_digests(store, five)[:4]
 
 
+@pytest.mark.slow
 def test_training_again_that_gives_other_weights_stops_the_run(store: Path, five: str) -> None:
     learn(toy_engine(eval_rows=0), store, "wrong", num_episode=2, save_episode_interval=4)
     forget(store, "wrong", "episodes/episode=000001/trained.json")
@@ -124,6 +127,7 @@ def test_training_again_that_gives_other_weights_stops_the_run(store: Path, five
         learn(toy_engine(eval_rows=0), store, "wrong", num_episode=2, save_episode_interval=4)
 
 
+@pytest.mark.slow
 def test_a_lost_shard_is_made_again_byte_for_byte(store: Path, five: str) -> None:
     learn(toy_engine(), store, "lost", num_episode=3)
     before = shard_digests(store, "lost")
@@ -139,6 +143,7 @@ def test_a_lost_shard_is_made_again_byte_for_byte(store: Path, five: str) -> Non
     assert weight_digests(store, "lost") == weight_digests(store, five)[:3]
 
 
+@pytest.mark.slow
 def test_evaluations_that_a_kill_prevented_are_made_up_for(store: Path, five: str) -> None:
     settings: dict[str, Any] = {"max_staleness": 1, "eval_episode_interval": 1, "keep_last": 3}
     learn(toy_engine(), store, "lagging", num_episode=4, **settings)

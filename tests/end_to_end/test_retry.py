@@ -75,6 +75,7 @@ class Warns(NoProgress):
         logging.getLogger("rlhf_flows.pools.pool").warning("%s waits for replica 0", phase)
 
 
+@pytest.mark.slow
 def test_what_a_run_warns_of_is_on_the_page_of_its_flow_run(
     tmp_path: Path, client: SyncPrefectClient
 ) -> None:
@@ -140,6 +141,7 @@ class CancelsItself(NoProgress):
             self.client.set_flow_run_state(self.flow_run_id, State(type=StateType.CANCELLING))
 
 
+@pytest.mark.slow
 def test_a_run_of_a_script_is_cancelled_in_the_ui_and_goes_on_when_started_again(
     tmp_path: Path, client: SyncPrefectClient
 ) -> None:

@@ -54,6 +54,7 @@ def assert_failures_are_kept(store: Path, name: str, result: Any, cause: str) ->
     assert tuple(counted) == (failed.sum(), RUNTIME["sample_per_episode"])
 
 
+@pytest.mark.slow
 def test_a_run_with_rewards_of_a_program_scores_what_fails(tmp_path: Path) -> None:
     (tmp_path / "check.py").write_text(CHECK)
     reward = CommandReward(
@@ -70,6 +71,7 @@ def test_a_run_with_rewards_of_a_program_scores_what_fails(tmp_path: Path) -> No
     assert scored["exact"].sum() == (samples(tmp_path, "program")["completion"] == "7").sum()
 
 
+@pytest.mark.slow
 def test_a_run_with_rewards_of_a_service_scores_what_fails(tmp_path: Path) -> None:
     variable = "PREFECT_HOME"  # any that workers have, too
     token = os.environ[variable]
@@ -109,7 +111,7 @@ def test_a_run_with_a_function_that_hangs_scores_what_it_hangs_on(tmp_path: Path
     assert_failures_are_kept(tmp_path, "function", result, "took longer than 0.2 s")
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_service_that_goes_away_ends_the_run_with_its_address(tmp_path: Path) -> None:
     with RewardService() as service:
         reward = HTTPReward(url=f"{service.url}/away", retries=0, on_failure="score")
@@ -120,7 +122,7 @@ def test_a_service_that_goes_away_ends_the_run_with_its_address(tmp_path: Path) 
         assert word in str(raised.value)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_worker_without_the_token_names_the_variable(tmp_path: Path) -> None:
     reward = HTTPReward(url="http://127.0.0.1:9/", token_env="NOWHERE_SET")
     with pytest.raises(

@@ -44,6 +44,8 @@ class Phases:
     def started(self, phase: str, number: int, total: int) -> None: ...
     def advanced(self, phase: str, number: int, done: int) -> None: ...
     def samples(self, episode: int, previews: Any) -> None: ...
+    def incident(self, kind: str, what: str, facts: Any) -> None: ...
+    def held_out(self, version: int, previews: Any) -> None: ...
 
     def finished(self, phase: str, number: int, seconds: float, metrics: Any) -> None:
         self.finishes.append((phase, number))
@@ -106,6 +108,7 @@ def test_duckdb_reads_the_episodes_of_a_run(plain: Any, store: Path) -> None:
     assert [row[1:5] for row in rows] == [[32, 32, e, e] for e in range(3)]
 
 
+@pytest.mark.slow
 def test_another_number_of_replicas_gives_the_same_bits(plain: Any, store: Path) -> None:
     learn(
         toy_engine(),
@@ -124,6 +127,7 @@ def test_another_shard_size_gives_the_same_samples_and_weights(plain: Any, store
     assert len(shard_digests(store, "wide")) == 3 * 2 * 2
 
 
+@pytest.mark.slow
 def test_staleness_one_samples_from_the_version_before(store: Path) -> None:
     learn(toy_engine(), store, "stale", num_episode=5, max_staleness=1, eval_episode_interval=2)
     assert_exactly_once(store, "stale", episodes=5, staleness=1)
@@ -210,6 +214,7 @@ class Rater(ToyPolicy):
     generates = False
 
 
+@pytest.mark.slow
 def test_a_followed_module_that_only_scores_is_not_moved_before_it_is_through(
     store: Path, tmp_path: Path
 ) -> None:
@@ -253,6 +258,7 @@ class Judge(ToyReward):
         return self.forward_step(data)
 
 
+@pytest.mark.slow
 def test_weights_are_kept_until_their_version_is_evaluated(store: Path) -> None:
     policy, reward, trainer = ToyPolicy("policy"), ToyReward("reward"), ToyTrainer("trainer")
     judge = Judge("judge", run=store / "judged")
@@ -287,6 +293,7 @@ class Hint(ToyReward):
         return {"hint": [f"hint for {p}" for p in data["prompt"]]}
 
 
+@pytest.mark.slow
 def test_steps_before_and_beside_sampling_get_the_rows_they_take(store: Path) -> None:
     hint, policy, trainer = Hint("hint"), ToyPolicy("policy"), ToyTrainer("trainer")
     reward, early = ToyReward("reward"), Hint("early")

@@ -48,6 +48,9 @@ class Runs:
     ray_logs: Path
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module", params=["moto", pytest.param("real", marks=pytest.mark.s3)])
 def runs(
     request: pytest.FixtureRequest, prefect_server: str, tmp_path_factory: pytest.TempPathFactory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import pytest
 from rlhf_flows.engine import Engine, Environment, Trainer
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import StoreUnavailableError
-from tests.end_to_end.whole_run import evaluated_versions, learn
+from rlhf_flows.tasks.progress import NoProgress
+from tests.end_to_end.whole_run import assert_same_bits, evaluated_versions, learn
 from tests.toys import Rows, ToyPolicy, ToyReward, ToyTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("services")]
@@ -96,3 +99,37 @@ def test_in_scoring(tmp_path: Path) -> None:
     engine.set_dataset([{"prompt": str(i)} for i in range(64)])
     learn(engine, tmp_path, "r", num_episode=1, models={"reward": TWO})  # type: ignore[arg-type]
     assert_each_was_made_once(tmp_path, shards=4)
+
+
+class KnownTrainer(ToyTrainer):
+    """Says which process it is in."""
+
+    folder: Path
+
+    def setup(self) -> None:
+        super().setup()
+        (self.folder / "pid").write_text(str(os.getpid()))
+
+
+class KillsTrainer(NoProgress):
+    """When the samplers have taken the first version: nobody asks it for a while."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def finished(self, phase: str, number: int, seconds: float, metrics: Any) -> None:
+        if (phase, number) == ("param_sync", 1):
+            os.kill(int((self.folder / "pid").read_text()), signal.SIGKILL)
+
+
+def test_a_trainer_that_died_while_it_waited_for_samples_is_restored(tmp_path: Path) -> None:
+    def engine(*, slow_s: float) -> GRPOEngine:
+        trainer = KnownTrainer("trainer")
+        trainer.folder = tmp_path
+        found = GRPOEngine(ToyPolicy("policy", slow_s=slow_s), trainer, ToyReward("reward"))
+        return found.set_dataset([{"prompt": str(i)} for i in range(64)])
+
+    learn(engine(slow_s=0.0), tmp_path, "quick", num_episode=2)
+    # Longer than a pool trusts a replica without a look at it.
+    learn(engine(slow_s=1.5), tmp_path, "slow", num_episode=2, progress=KillsTrainer(tmp_path))
+    assert_same_bits(tmp_path, "slow", reference="quick")

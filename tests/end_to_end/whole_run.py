@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from rlhf_flows.engine import Engine
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.flow import RunResult
+from rlhf_flows.records.audit import audit_run
 from rlhf_flows.store import open_store, scan
 from tests.toys import ToyPolicy, ToyReference, ToyReward, ToyTrainer
 
@@ -119,7 +120,12 @@ def evaluated_versions(store: Path | str, run: str) -> list[int]:
 
 
 def assert_exactly_once(store: Path, run: str, *, episodes: int, staleness: int = 0) -> None:
-    """The audit: every planned sample sampled, scored and trained once, by the right version."""
+    """The audit, and of a run that quarantined nothing: every planned sample sampled, scored and
+    trained once, by the right version.
+    """
+    found = audit_run(open_store(store), run)
+    assert found.ok, found.findings
+    assert len(found.episodes) == episodes
     sampled, scored = samples(store, run), samples(store, run, "scoring")
     planned = episodes * RUNTIME["sample_per_episode"]
     assert len(sampled) == len(set(sampled["sample_id"])) == planned

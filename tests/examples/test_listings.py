@@ -50,6 +50,7 @@ def runs(store: Path) -> dict[str, RunState]:
     return {name: scan(found, name) for name in names}
 
 
+@pytest.mark.slow
 def test_the_main_file_of_the_programming_interface_runs(
     tmp_path: Path, services: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,7 +126,7 @@ def test_a_program_without_a_source_file_runs(
     assert state.trained_episodes == 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(400)
 def test_all_programs_run_in_a_notebook(tmp_path: Path, services: str) -> None:
     """In one kernel, a cell each: an event loop runs in it already."""

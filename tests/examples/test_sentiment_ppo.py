@@ -26,6 +26,7 @@ def test_the_program_is_at_most_half_as_long_as_the_original() -> None:
     assert sum(1 for line in code if line.strip()) <= LINES_OF_REAL / 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("services")
 def test_a_classifier_of_hugging_face_replaces_the_reward_model_of_ppo(tmp_path: Path) -> None:
     policy = build_tiny_qwen2(

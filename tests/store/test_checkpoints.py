@@ -41,6 +41,16 @@ def test_a_committed_folder_comes_back_through_its_record(store, folder, tmp_pat
     assert (tmp_path / "back/optimizer/0.distcp").read_bytes() == b"moments" * 1000
 
 
+def test_two_may_fill_one_prefix_with_files_of_their_own(store, folder, tmp_path):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "other.safetensors").write_bytes(b"other")
+    files = [*upload_folder(store, PREFIX, folder).files, *store.put_folder(theirs, PREFIX)]
+    fetch_folder(store, FolderRecord(prefix=PREFIX, files=files), tmp_path / "back")
+    assert (tmp_path / "back/other.safetensors").read_bytes() == b"other"
+    assert (tmp_path / "back/optimizer/0.distcp").read_bytes() == b"moments" * 1000
+
+
 def test_a_byte_that_flips_in_the_store_is_found(local_store, folder, tmp_path):
     record = upload_folder(local_store, PREFIX, folder)
     path = local_store.root / PREFIX / "optimizer" / "0.distcp"

@@ -167,6 +167,7 @@ def test_an_upload_that_is_given_up_leaves_neither_an_object_nor_parts(
 # ---- races ------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_of_writers_that_race_through_faults_exactly_one_wins(store, proxy, quick):
     """For any faults: one is told so, and what it wrote is what everybody reads."""
     writers = [copy.copy(store) for _ in range(3)]
