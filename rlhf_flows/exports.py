@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.records.finding import find_run, missing_version
-from rlhf_flows.services.environment import cache_folder
+from rlhf_flows.services.environment import cache_folder, is_server_configured
+from rlhf_flows.services.prefect_server import end_events
 from rlhf_flows.store import (
     FolderRecord,
     ObjectStore,
@@ -18,6 +19,8 @@ from rlhf_flows.store import (
 from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["export_model", "exported_model"]
+
+_TOLD_WITHIN_S = 10.0
 
 
 def exported_model(
@@ -40,7 +43,7 @@ def exported_model(
         ConfigError: no such run, version or module, or its weights were deleted by retention.
     """
     store = open_store(url, retry_budget_s=retry_budget_s)
-    record = _weights(store, run, version, module)
+    record, _ = _weights(store, run, version, module)
     if store.url.startswith("file://"):
         return Path(store.url.removeprefix("file://")) / record.prefix
     local = cache_folder() / "weights" / record.prefix
@@ -51,17 +54,29 @@ def exported_model(
 def export_model(
     url: str, run: str, folder: Path, *, version: int | None = None, module: str = ""
 ) -> Path:
-    """Copies the weights of a policy version to `folder`, verified file by file."""
+    """Copies the weights of a policy version to `folder`, verified file by file.
+
+    A Prefect server that is configured is told of it: the end of the run's lineage.
+    """
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file: name a new or an empty folder for the model")
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"the folder {folder} is not empty: name another one for the model")
     store = open_store(url)
-    fetch_folder(store, _weights(store, run, version, module), folder)
+    record, version = _weights(store, run, version, module)
+    fetch_folder(store, record, folder)
+    if is_server_configured():
+        from rlhf_flows.reporting.assets import export_made
+
+        export_made(store.url, run, version, folder)
+        end_events(timeout_s=_TOLD_WITHIN_S)  # now, and not for as long as the process likes
     return folder
 
 
-def _weights(store: ObjectStore, run: str, version: int | None, module: str) -> FolderRecord:
+def _weights(
+    store: ObjectStore, run: str, version: int | None, module: str
+) -> tuple[FolderRecord, int]:
+    """The record of the weights, and which version that is."""
     state = find_run(store, run)
     newest = state.trained_episodes
     version = newest if version is None else version
@@ -81,4 +96,4 @@ def _weights(store: ObjectStore, run: str, version: int | None, module: str) -> 
             f"the weights of version {version} of run {run!r} were deleted by retention"
             " (runtime.keep_last): take a newer version"
         )
-    return record
+    return record, version

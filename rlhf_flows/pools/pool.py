@@ -242,7 +242,8 @@ class Pool:
                 self._actors.end_group(replica)
             raise
         except DEAD as e:
-            if replica.ranks is ranks:
+            # Its work hears of it, too, and counts the death: who comes first must not matter.
+            if replica.ranks is ranks and not replica.working_on:
                 replica.alive = False
             raise ReplicaDiedError(
                 f"replica {replica.index} of pool {self.name!r} died during {what}: {last_line(e)}"

@@ -40,6 +40,7 @@ ENVIRONMENT: Mapping[str, str] = {
     "PREFECT_LOGGING_LOGGERS_PREFECT_TASK_RUNS_LEVEL": "WARNING",
 }
 """Of the processes of deployed runs."""
+_SET_DIRECTORY = "prefect.deployments.steps.set_working_directory"
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def plan(client: SyncPrefectClient, wanted: Wanted) -> list[Change]:
     found += block_changes(client, wanted.defaults)
     for deployed in wanted.deployments:
         there = _read_deployment(client, deployed.full_name)
-        found.append(_deployment_change(client, wanted, deployed, there))
+        found.append(_deployment_change(client, wanted, deployed, there, pool))
         for schedule in wanted.schedules:
             if schedule.deployment == deployed.full_name:
                 found.append(schedule_change(client, schedule, there))
@@ -196,9 +197,10 @@ def _deployment_change(
     wanted: Wanted,
     deployed: Deployed,
     there: DeploymentResponse | None,
+    pool: WorkPool | None,
 ) -> Change:
     name = deployed.full_name
-    fields = _fields(wanted, deployed, there)
+    fields = _fields(wanted, deployed, there, pool)
     if there is None:
         fields["work_queue_name"] = wanted.queue or "default"
 
@@ -221,10 +223,20 @@ def _deployment_change(
     return Change(kind="deployment", name=name, outcome="updated", detail=detail, do=update)
 
 
-def _fields(wanted: Wanted, deployed: Deployed, there: DeploymentResponse | None) -> dict[str, Any]:
+def _fields(
+    wanted: Wanted,
+    deployed: Deployed,
+    there: DeploymentResponse | None,
+    pool: WorkPool | None,
+) -> dict[str, Any]:
     """The fields of the deployment, those that a person added to it among them."""
     tags = {TAG, *(there.tags if there else ())}
     before = dict(there.job_variables) if there else {}
+    if pool is None or pool.type == ProcessWorker.type:
+        # Without it a process starts in a folder that its worker removes with the process before:
+        # a flow run that is retried while that one is still on its way out would stand in nothing.
+        if before.get("working_dir") in (None, _directory(there)):
+            before["working_dir"] = wanted.directory
     environment = {**(before.get("env") or {}), **ENVIRONMENT}
     if deployed.import_folder is not None:
         environment["PYTHONPATH"] = deployed.import_folder
@@ -240,7 +252,13 @@ def _fields(wanted: Wanted, deployed: Deployed, there: DeploymentResponse | None
         "work_pool_name": wanted.work_pool,
         "parameter_openapi_schema": parameter_schema(deployed.flow()).model_dump(mode="json"),
         "enforce_parameter_schema": True,
-        "pull_steps": [
-            {"prefect.deployments.steps.set_working_directory": {"directory": wanted.directory}}
-        ],
+        "pull_steps": [{_SET_DIRECTORY: {"directory": wanted.directory}}],
     }
+
+
+def _directory(there: DeploymentResponse | None) -> str | None:
+    """Where runs of the deployment start until now."""
+    for step in (there.pull_steps if there else None) or ():
+        if _SET_DIRECTORY in step:
+            return str(step[_SET_DIRECTORY].get("directory"))
+    return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,13 @@ from prefect.utilities.callables import parameter_schema
 
 from rlhf_flows.deployments.grpo import grpo
 from tests.deployments import toy_flow
-from tests.deployments.worker import deploy_toy, in_state, process_worker, wait_for
+from tests.deployments.worker import (
+    deploy_toy,
+    in_state,
+    process_worker,
+    wait_for,
+    wait_for_worker,
+)
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(900)]
 
@@ -144,14 +149,7 @@ def test_a_run_of_the_form_is_watched_fails_and_resumes_by_the_button(
         trained = {p: p.read_bytes() for p in store.glob("*/episodes/*/trained.json")}
         assert trained
 
-        # A worker removes the working folder of a process that ended, and a retry would use it: not
-        # before, as a person could not.
-        log = tmp_path / "worker.log"
-        wait_for(
-            "the end of the process",
-            lambda: "exited with status code" in log.read_text("utf-8") or None,
-        )
-        time.sleep(2)
+        wait_for_worker(client, flow_run.id)  # whose report of a retry's first process would count
         repair.touch()
         page.get_by_role("button", name="Retry").first.click()
         page.get_by_role("dialog").get_by_role("button", name="Retry").click()

@@ -106,7 +106,11 @@ def test_what_a_person_added_stays_when_something_is_updated(
     mine = DeploymentUpdate(
         tags=[*before.tags, "mine"],
         parameters={"seconds": 3},
-        job_variables={"env": {**before.job_variables["env"], "MINE": "1"}, "stream_output": False},
+        job_variables={
+            **before.job_variables,
+            "env": {**before.job_variables["env"], "MINE": "1"},
+            "stream_output": False,
+        },
     )
     client.update_deployment(before.id, mine)
     assert set(deploy(*SHORT).values()) == {"unchanged"}
@@ -123,6 +127,7 @@ def test_what_a_person_added_stays_when_something_is_updated(
     assert after.job_variables["stream_output"] is False
     assert after.pull_steps is not None
     assert str(tmp_path) in json.dumps(after.pull_steps)
+    assert after.job_variables["working_dir"] == str(tmp_path)
     assert {s.slug for s in after.schedules} == {SLUG, "noon"}
     assert client.read_work_pool(GPUS).concurrency_limit == 2
 

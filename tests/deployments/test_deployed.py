@@ -35,7 +35,8 @@ def test_prefect_yaml_gives_them_the_same_pool_tags_and_environment(
     for deployment in project["deployments"]:
         assert deployment["tags"] == [TAG]
         assert deployment["work_pool"]["name"] == POOL
-        assert deployment["work_pool"]["job_variables"]["env"] == dict(ENVIRONMENT)
+        variables = deployment["work_pool"]["job_variables"]
+        assert variables == {"working_dir": "{{ $PWD }}", "env": dict(ENVIRONMENT)}
         assert "concurrency_limit" not in deployment  # the work pool's counts
 
 

@@ -83,7 +83,7 @@ def deploy_toy(
         work_pool_name=POOL,
         tags=list(tags),
         pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(ROOT)}}],
-        job_variables={"env": {"PYTHONPATH": str(ROOT)}},
+        job_variables={"working_dir": str(ROOT), "env": {"PYTHONPATH": str(ROOT)}},
         parameter_openapi_schema=None if form is None else form.model_dump_for_openapi(),
         enforce_parameter_schema=form is not None,
     )
@@ -112,6 +112,24 @@ def history(client: SyncPrefectClient, flow_run_id: UUID) -> list[str]:
     """Names of the states that a flow run was in, in order."""
     states = client.read_flow_run_states(flow_run_id)
     return [s.name or "" for s in sorted(states, key=lambda s: s.timestamp)]
+
+
+def wait_for_worker(client: SyncPrefectClient, flow_run_id: UUID, processes: int = 1) -> None:
+    """Until a worker has said all that it says of the ends of so many processes of a flow run.
+
+    A process that a signal ended it reports as crashed, twice, and the second report would end what
+    a person began in between.
+    """
+    events = {
+        "event": {"name": ["prefect.worker.executed-flow-run"]},
+        "related": {"id": [f"prefect.flow-run.{flow_run_id}"]},
+    }
+
+    def said() -> bool | None:
+        answer = client.request("POST", "/events/filter", json={"filter": events})
+        return True if answer.json()["total"] >= processes else None
+
+    wait_for("the worker's last word", said, timeout_s=120)
 
 
 def attempt(folder: Path, number: int) -> dict[str, Any]:

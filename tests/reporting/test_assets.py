@@ -11,7 +11,8 @@ import httpx
 import pytest
 from prefect.assets import Asset
 
-from rlhf_flows.reporting.assets import Lineage, episode_asset, export_made, version_asset
+from rlhf_flows.exports import export_model
+from rlhf_flows.reporting.assets import Lineage, episode_asset, version_asset
 from tests.end_to_end.whole_run import learn, toy_engine
 from tests.reporting.test_artifacts import a_runtime
 
@@ -47,7 +48,7 @@ def test_a_run_tells_what_was_made_from_what(
     url = f"file://{tmp_path}"
     last = result.version
     samples, weights = episode_asset(url, "lineage", last - 1), version_asset(url, "lineage", last)
-    export_made(url, "lineage", last, tmp_path / "my model")
+    export_model(url, "lineage", tmp_path / "my model")
     export = Asset(key=f"file://{tmp_path}/my_20model")
     found = {
         e["resource"]["prefect.resource.id"]: e
