@@ -30,6 +30,7 @@ FLOORS = {
     "dataset_settings": 0,
     "reward_settings": 0,
     "guard_settings": 0,
+    "runtime_settings": 0,
     "registry": 0,
     "generation": 0,
     "together": 0,

@@ -9,14 +9,15 @@ that fails ends it. The clone has the last commit; pip's cache is what this mach
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
-import shlex
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -77,32 +78,30 @@ def _run(steps: Sequence[str], folder: Path) -> tuple[list[float], int]:
     starts: list[float] = []
     said: list[str] = []
     assert shell.stdout is not None
+    limit = threading.Timer(_LIMIT_S, _stop, [shell])
+    limit.start()
     try:
         for line in shell.stdout:
             if line.startswith(_MARK):
                 starts.append(time.monotonic())
                 said = [f"$ {steps[len(starts) - 1]}\n"]
+                print(said[0].splitlines()[0], flush=True)
             else:
                 said.append(line)
         status = shell.wait(_LIMIT_S)
     finally:
-        _stop(shell, folder, environment)
+        limit.cancel()
+        _stop(shell)
     ends = [*starts[1:], time.monotonic()]
     if status:
         print("".join([said[0], *said[1:][-_LAST_LINES:]]), file=sys.stderr)
     return [end - start for start, end in zip(starts, ends, strict=True)], status
 
 
-def _stop(shell: subprocess.Popen[str], folder: Path, environment: dict[str, str]) -> None:
-    """What the page leaves running: the worker, and the server."""
-    prefect = folder / ".venv/bin/prefect"
-    if prefect.exists():
-        stop = shlex.join([str(prefect), "server", "stop"])
-        subprocess.run(stop, shell=True, env=environment, capture_output=True, check=False)
-    try:
+def _stop(shell: subprocess.Popen[str]) -> None:
+    """What the page leaves running, the server and the worker, is of the shell's group."""
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(shell.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
 
 
 if __name__ == "__main__":

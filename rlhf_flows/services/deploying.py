@@ -232,11 +232,11 @@ def _fields(
     """The fields of the deployment, those that a person added to it among them."""
     tags = {TAG, *(there.tags if there else ())}
     before = dict(there.job_variables) if there else {}
-    if pool is None or pool.type == ProcessWorker.type:
+    is_local = pool is None or pool.type == ProcessWorker.type
+    if is_local and before.get("working_dir") in (None, _directory(there)):
         # Without it a process starts in a folder that its worker removes with the process before:
         # a flow run that is retried while that one is still on its way out would stand in nothing.
-        if before.get("working_dir") in (None, _directory(there)):
-            before["working_dir"] = wanted.directory
+        before["working_dir"] = wanted.directory
     environment = {**(before.get("env") or {}), **ENVIRONMENT}
     if deployed.import_folder is not None:
         environment["PYTHONPATH"] = deployed.import_folder

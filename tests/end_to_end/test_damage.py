@@ -20,6 +20,7 @@ from rlhf_flows.errors import StoreDamageError
 from tests.end_to_end.processes import generated
 from tests.end_to_end.test_resume import forget
 from tests.end_to_end.whole_run import learn, shard_digests, toy_engine, weight_digests
+from tests.incidents import Incidents
 from tests.toys import Rows, ToyPolicy, ToyReward, ToyTrainer
 
 pytestmark = pytest.mark.usefixtures("services")
@@ -81,7 +82,10 @@ def test_damaged_shards_are_buried_and_made_again_to_the_bits_of_an_undisturbed_
     ]
     for key in buried:
         (root / key.replace(".parquet", ".tombstone.json")).write_text("{}")
-    learn(toy_engine(), store, "damaged", **SPARSE)
+    heard = Incidents()
+    learn(toy_engine(), store, "damaged", progress=heard, **SPARSE)
+
+    assert {f["shard"] for f in heard.of("shard-repair")} == {f"damaged/{k}" for k in damaged}
 
     assert weight_digests(store, "damaged") == weight_digests(store, plain)
     undisturbed, found = shard_digests(store, plain), shard_digests(store, "damaged")

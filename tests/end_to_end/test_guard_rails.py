@@ -11,27 +11,13 @@ import pytest
 from rlhf_flows.engines import GRPOEngine
 from rlhf_flows.errors import GuardRailError, NonFiniteError
 from rlhf_flows.exports import exported_model
-from rlhf_flows.services.event_names import FIELDS, INCIDENT
-from rlhf_flows.tasks import NoProgress
 from tests.end_to_end.whole_run import assert_same_bits, commits, learn, toy_engine
+from tests.incidents import Incidents
 from tests.toys import ToyPolicy, ToyReward, ToyTrainer
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("services")]
 
 EPISODES = 4
-
-
-class Incidents(NoProgress):
-    """Who is told of incidents, and finds in each what its event is said to hold."""
-
-    def __init__(self) -> None:
-        self.told: list[tuple[str, Mapping[str, Any]]] = []
-
-    def incident(self, kind: str, what: str, facts: Mapping[str, Any]) -> None:
-        wanted = [set(field.split(" or ")) for field in FIELDS[f"{INCIDENT}{kind}"]]
-        assert len(facts) == len(wanted)
-        assert all(len(names & facts.keys()) == 1 for names in wanted), (kind, facts)
-        self.told.append((kind, facts))
 
 
 def test_a_rail_stops_a_run_and_each_resume_of_it_until_it_is_changed(

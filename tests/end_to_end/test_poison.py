@@ -25,6 +25,7 @@ from tests.end_to_end.whole_run import (
     toy_engine,
     weight_digests,
 )
+from tests.incidents import Incidents
 from tests.toys import ToyPolicy
 
 # Its runs take a minute and a half together.
@@ -68,7 +69,14 @@ def shards_of(store: Path, run: str, episode: int) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def poisoned(store: Path, plain: str, services: str) -> dict[str, tuple[str, ...]]:
+def heard() -> Incidents:
+    return Incidents()
+
+
+@pytest.fixture(scope="module")
+def poisoned(
+    store: Path, plain: str, services: str, heard: Incidents
+) -> dict[str, tuple[str, ...]]:
     """Groups of a run whose first samples are poison: one ends the policy, one hangs the reward.
 
     Its flow is killed amid the search for the first; then it goes on. One of the held-out samples
@@ -94,7 +102,7 @@ def poisoned(store: Path, plain: str, services: str) -> dict[str, tuple[str, ...
         victim.wait()
     assert records(store, "poisoned") == []
     engine = toy_engine(log=log, ends=poison, hangs=hangs[:1])
-    learn(engine, store, "poisoned", address=services, **settings)
+    learn(engine, store, "poisoned", address=services, progress=heard, **settings)
     return {"ends": ends, "hangs": hangs}
 
 
@@ -108,6 +116,18 @@ def test_a_sample_that_ends_or_hangs_its_worker_is_recorded_with_its_cause(
     assert (hung["sample_id"], hung["phase"]) == (poisoned["hangs"][0], "scoring")
     assert hung["module"] == "reward"
     assert "waited 6 s for" in hung["cause"]  # its own four, and the patience with the store
+
+
+def test_it_is_told_as_it_happens_as_are_the_deaths_that_it_causes(
+    poisoned: dict[str, tuple[str, ...]], heard: Incidents
+) -> None:
+    left_out = {(f["sample"], f["phase"], f["module"]) for f in heard.of("quarantine")}
+    assert left_out == {
+        (poisoned["ends"][0], "rollout", "policy"),
+        (poisoned["hangs"][0], "scoring", "reward"),
+        ("v000002-r000000-s00", "evaluation", "policy"),
+    }
+    assert {f["pool"] for f in heard.of("actor-restart")} == {"policy", "reward"}
 
 
 def test_its_group_is_left_out_from_its_phase_on_and_counted(

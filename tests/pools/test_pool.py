@@ -33,6 +33,7 @@ from rlhf_flows.pools.actors import namespace_of
 from rlhf_flows.pools.digest import digest_weights
 from rlhf_flows.pools.transport import pack
 from rlhf_flows.store import check_fence, open_store, take_attempt
+from tests.incidents import Incidents
 from tests.pools.specs import ROWS, manifest_of, rollout_call, spec_of, train_call
 from tests.toys import ToyPolicy
 
@@ -416,6 +417,8 @@ async def test_waits_end_and_name_what_they_waited_for(
 ) -> None:
     monkeypatch.setattr("rlhf_flows.pools.pool._SAY_AT_MOST_EACH_S", 0.5)
     pool = await loaded(make_pool(Slow("slow")))
+    heard = Incidents()
+    pool.on_incident = heard.by_pool
     call = replace(rollout_call(0, 0), version=None, commit_key=None)
     pid = pids(pool)[0]
     working = asyncio.create_task(
@@ -439,6 +442,8 @@ async def test_waits_end_and_name_what_they_waited_for(
     assert 2 <= len(said) <= 4
     assert "replica 0 works on shard 0 of rollout since" in said[0]
     assert f"(actor slow/0/0, process {pid} on " in said[0]
+    assert len(heard.of("stall")) == len(said)
+    assert [f["replica"] for f in heard.of("actor-restart")] == [0]
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from rlhf_flows.modules import BaseModule
 from rlhf_flows.pools import NO_VERSION, Pool
 from rlhf_flows.store import open_store
 from rlhf_flows.tasks.weights import RunWeights, SyncPair
+from tests.incidents import Incidents
 from tests.pools.specs import RUN, spec_of
 from tests.tasks.sync_toys import TENSOR_BYTES, Follower, HalvedTrainer, SlowFollower, tell
 
@@ -34,6 +35,7 @@ class World:
         self.pools: dict[str, Pool] = {}
         self.num_tensors = num_tensors
         self.sent: list[str] = []
+        self.heard = Incidents()
 
     def add(self, module: BaseModule, **spec: Any) -> Pool:
         pool = Pool(
@@ -41,6 +43,7 @@ class World:
             attempt=1,
             setup_timeout_s=60,
             max_restarts=3,
+            on_incident=self.heard.by_pool,
         )
         self.pools[module.name] = pool
         return pool
@@ -181,6 +184,7 @@ async def test_bytes_that_are_not_the_committed_ones_reach_no_model(
     await world.check_all_hold_it()
     said = [r.getMessage() for r in caplog.records]
     assert len([s for s in said if "layer_006 of version 1 arrived with other bytes" in s]) == 2
+    assert [f["replica"] for f in world.heard.of("sync-fallback")] == [0, 1]
     assert not set(before) & {r.state.pid for r in world.pools["policy"].replicas}
 
 
