@@ -6,9 +6,10 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -37,12 +38,19 @@ def _finite(value: Any) -> Any:
 def print_table(
     rows: Iterable[Mapping[str, Any]], columns: Sequence[str], *, title: str = ""
 ) -> None:
-    """A row for each mapping; what is missing in one is empty, numbers have four places."""
-    table = Table(title=title or None)
+    """A row for each mapping; what is missing in one is empty, numbers have four places.
+
+    Ten columns of numbers fit eighty characters: no rules between them, names in several lines.
+    """
+    table = Table(title=title or None, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.show_edge = False  # two characters
     found = list(rows)
     for name in columns:
         is_number = all(isinstance(row.get(name), int | float | None) for row in found)
-        table.add_column(name, justify="right" if is_number else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if is_number else "left"
+        words = name.replace("_", " ")
+        least = max(map(len, words.split())) if is_number else None
+        table.add_column(words, justify=justify, overflow="fold", min_width=least)
     for row in found:
         table.add_row(*(_cell(row.get(name)) for name in columns))
     Console().print(table, markup=False)

@@ -26,8 +26,11 @@ def episodes(run: RunName, store: StoreUrl = "runs", as_json: AsJson = False) ->
     if as_json:
         print_json({"run": run, "parent": opened.parent, "episodes": rows})
         return
-    counts = ["episode", "version", "trained", "filtered", "quarantined"]
-    more = [n for n in table.column_names if n not in (*counts, "attempt", "planned", "seconds")]
+    # Version N + 1 is what episode N led to; few runs leave anything out.
+    counts = ["episode", "trained"]
+    counts += [name for name in ("filtered", "quarantined") if any(row[name] for row in rows)]
+    known = {"version", "attempt", "planned", "seconds", "filtered", "quarantined", *counts}
+    more = [name for name in table.column_names if name not in known]
     columns = [*counts, *headline(more, _METRICS), "seconds"]
     print_table(rows, columns, title=f"{run}: episodes")
 

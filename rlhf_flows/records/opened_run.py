@@ -204,7 +204,7 @@ class OpenedRun:
                 if re.search(rf"\b{name}\b", query, re.IGNORECASE):
                     connection.register(name, read())
             try:
-                return connection.execute(query).to_arrow_table()
+                return connection.sql(query).to_arrow_table()
             except duckdb.Error as e:
                 raise ConfigError(f"DuckDB refuses the query: {e}") from e
 

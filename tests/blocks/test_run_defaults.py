@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from rlhf_flows.blocks import EpisodeStore, RayCluster, RunDefaults, apply_defaults
+from rlhf_flows.cli import app
 from rlhf_flows.config import RuntimeEnvConfig
 from rlhf_flows.config_loading import load_config
 from rlhf_flows.deployments import find_recipe
@@ -130,3 +133,14 @@ def test_a_block_that_is_not_there_is_named() -> None:
 def test_no_name_is_no_block() -> None:
     config = grpo()
     assert asyncio.run(apply_defaults(config, None)) is config
+
+
+def test_train_takes_a_block_by_name(prefect_server: str, tmp_path: Path) -> None:
+    here = RunDefaults(model_folder=str(tmp_path / "models"))
+    here.save("here", overwrite=True)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "a"}\n')
+    words = [f"prompts={tmp_path}/p.jsonl", "model=base", "reward=operator:eq"]
+    for name, says in {"here": f"{tmp_path}/models/base", "nobody": "nobody"}.items():
+        done = CliRunner().invoke(app, ["train", "grpo", "--defaults", name, *words])
+        assert isinstance(done.exception, ConfigError), done.output
+        assert says in str(done.exception)

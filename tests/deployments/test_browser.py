@@ -37,8 +37,11 @@ LOADS_WITHIN_MS = 60_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """An installed Chromium, without a window."""
+def browser(ray_head: str) -> Iterator[Any]:
+    """An installed Chromium, without a window.
+
+    Its loop stays in this thread: what starts by one of its own, as the Ray head, starts before.
+    """
     from playwright.sync_api import sync_playwright
 
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, BROWSERS)), None)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -115,6 +116,20 @@ def test_episodes_and_evaluations_are_what_was_committed(made: Path) -> None:
     assert [a["outcome"] for a in run.attempts] == ["completed", "completed"]
     assert run.config["runtime"]["num_episode"] == 2
     assert run.parent is None
+
+
+def test_a_run_on_s3_reads_as_one_in_a_folder(made: Path, bucket: str) -> None:
+    import s3fs
+
+    there = f"{bucket}/{uuid4().hex}/runs"
+    s3fs.S3FileSystem(skip_instance_cache=True).put(f"{made}/", there, recursive=True)
+    here, far = rlhf_flows.open_run(made, "whole"), rlhf_flows.open_run(f"s3://{there}", "whole")
+    assert far.samples(1).equals(here.samples(1))
+    assert far.samples(range(3), columns=["reward"]).equals(here.samples(columns=["reward"]))
+    assert far.episodes().equals(here.episodes())
+    assert far.evaluations().equals(here.evaluations())
+    audit = audit_run(open_store(f"s3://{there}"), "whole")
+    assert audit.ok, audit.findings
 
 
 @pytest.mark.slow
