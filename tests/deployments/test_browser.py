@@ -161,10 +161,14 @@ def test_a_run_of_the_form_is_watched_fails_and_resumes_by_the_button(
         assert len(list(store.glob("*/episodes/*/trained.json"))) == 12
         assert all(path.read_bytes() == before for path, before in trained.items())
         page.get_by_text("Completed", exact=True).first.wait_for()
+        page.reload()  # the graph shows the whole run
+        page.get_by_text("Completed", exact=True).first.wait_for()
+        page.wait_for_timeout(3000)
         picture(page, "run", tmp_path)
 
-        page.get_by_role("tab", name="Artifacts").click()
+        page.get_by_text("Artifacts", exact=True).last.click()
         page.get_by_text("digits-curves").first.wait_for()
+        page.set_viewport_size({"width": 1200, "height": 1200})
         picture(page, "artifacts", tmp_path)
 
 
