@@ -62,10 +62,13 @@ def main() -> None:
             found[name] = _run(Path(folder), name, episodes, psutil.Process(server._process.pid))
             print(f"  {name:10} {found[name]}", flush=True)
     episode_s = SHARDS * SHARD_S
-    for of in ("flow_cpu_s", "server_cpu_s"):
-        more = getattr(found["observed"], of) - getattr(found["unobserved"], of)
+    of = ("flow_cpu_s", "server_cpu_s")
+    for name, parts in (*((part, (part,)) for part in of), ("both", of)):
+        more = sum(getattr(found["observed"], p) - getattr(found["unobserved"], p) for p in parts)
         share = more / args.episodes / episode_s
-        print(f"{of}: {more / args.episodes:+.3f} s an episode, {share:+.2%} of {episode_s:.0f} s")
+        print(
+            f"{name}: {more / args.episodes:+.3f} s an episode, {share:+.2%} of {episode_s:.0f} s"
+        )
     if args.json:
         args.json.write_text(json.dumps({k: asdict(v) for k, v in found.items()}, indent=1))
 

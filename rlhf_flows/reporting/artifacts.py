@@ -43,7 +43,7 @@ __all__ = ["ArtifactProgress", "FanOut", "shown"]
 
 logger = logging.getLogger(__name__)
 
-_EVERY_S = 2.0
+_EVERY_S = 4.0
 """No artifact is updated more often."""
 _SHARE = 0.005
 """Of the time that updates of one artifact may take."""
