@@ -182,6 +182,17 @@ def test_a_run_name_of_another_configuration_is_refused_with_the_difference(
     assert "0.5" in error
     assert "run_name" in error
 
+    # A version of this package before these fields were: they say nothing at their defaults.
+    file = place / "runs/mine/run.json"
+    older = json.loads(file.read_text("utf-8"))
+    del older["config"]["runtime"]["stop_if"]
+    del older["config"]["runtime"]["num_training_epoch"]
+    file.write_text(json.dumps(older))
+    claim_run(check(engine._describe()), "mine")
+    assert run(monkeypatch, "run_name=mine", "runtime.num_training_epoch=2") == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert "runtime.num_training_epoch: (absent) then, 2 now" in error
+
 
 def test_an_unknown_recipe_lists_those_there_are(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -292,3 +303,17 @@ def test_show_of_an_episode_whose_phases_have_no_shard_in_common_leaves_its_samp
         store.put_if_absent(RunLayout("r").shard(phase, 0, index), b"not looked into")
     titles = [table.title for table in show_run(str(tmp_path), "r", samples=4)]
     assert titles == ["r: episodes"]
+
+
+def test_show_tells_evaluations_of_a_version_apart_by_their_prompts(tmp_path: Path) -> None:
+    from rlhf_flows.store import RunLayout, commit_json, open_run, open_store
+
+    store, layout = open_store(str(tmp_path)), RunLayout("r")
+    open_run(store, "r", config={"runtime": {"num_episode": 1}}, may_change=frozenset())
+    commit_json(store, layout.evaluation_done(0, "abc"), {"metrics": {"reward": 0.25}})
+    _, table = show_run(str(tmp_path), "r", samples=0)
+    assert [list(column.cells) for column in table.columns] == [["0"], ["0.2500"]]
+    commit_json(store, layout.evaluation_done(0, "def"), {"metrics": {"reward": 0.5}})
+    _, table = show_run(str(tmp_path), "r", samples=0)
+    rows = [list(column.cells) for column in table.columns]
+    assert rows == [["0", "0"], ["abc", "def"], ["0.2500", "0.5000"]]

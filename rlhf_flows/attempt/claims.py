@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
+
+from pydantic import BaseModel
 
 from rlhf_flows.attempt.description import Checked
 from rlhf_flows.attempt.names import fill_in, is_template
-from rlhf_flows.attempt.parents import find_parent
+from rlhf_flows.attempt.parents import Parent, find_parent
 from rlhf_flows.config import MAY_CHANGE, EngineConfig
 from rlhf_flows.errors import ConfigError, StoreError, StoreUnavailableError
 from rlhf_flows.store import (
@@ -65,23 +68,27 @@ def claim_run(checked: Checked, run: str) -> tuple[ObjectStore, RunRecord]:
     Raises RunConflictError for a name of another configuration.
     """
     store = open_probed_store(checked.config)
-    identity, may_change = _identity(checked), _may_change(checked)
-    return store, open_run(store, run, config=identity, may_change=may_change)
-
-
-def _identity(checked: Checked) -> dict[str, Any]:
-    """What makes two starts the same run."""
     parent = find_parent(checked.config)
-    # A run without a parent says nothing of one, as before there were any.
-    of_parent = {"init_from"} if parent is None else set()
+    return store, open_run(
+        store,
+        run,
+        config=_identity(checked, parent),
+        given=_identity(checked, parent, exclude_defaults=True),
+        may_change=_may_change(checked),
+    )
+
+
+def _identity(
+    checked: Checked, parent: Parent | None, *, exclude_defaults: bool = False
+) -> dict[str, Any]:
+    """What makes two starts the same run."""
+    dump = partial(BaseModel.model_dump, mode="json", exclude_defaults=exclude_defaults)
     return {
         "recipe": checked.description.name,
-        **checked.config.model_dump(mode="json", exclude={"run_name", "models", *of_parent}),
+        **dump(checked.config, exclude={"run_name", "models"}),
         **({} if parent is None else {"parent": parent.to_json()}),
         # Said or not, a module's placement is the same.
-        "models": {
-            name: checked.config.for_model(name).model_dump(mode="json") for name in checked.modules
-        },
+        "models": {name: dump(checked.config.for_model(name)) for name in checked.modules},
         "flows": {
             part: [n.call for n in graph.nodes]
             for part, graph in (

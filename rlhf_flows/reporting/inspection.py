@@ -47,16 +47,20 @@ def _episodes(store: ObjectStore, run: str, state: RunState) -> Table:
 
 
 def _evaluations(store: ObjectStore, run: str, state: RunState) -> Table:
+    """A row for each version and set of prompts, which is named where there are several."""
     done = {
-        version: read_json(store, RunLayout(run).evaluation_done(version, digest))["metrics"]
-        for (version, digest), evaluation in state.evaluations.items()
+        (version, digest): read_json(store, RunLayout(run).evaluation_done(version, digest))
+        for (version, digest), evaluation in sorted(state.evaluations.items())
         if evaluation.done
     }
-    columns = [m for m in _METRICS if any(m in row for row in done.values())]
-    table = Table("version", *columns, title=f"{run}: held-out prompts")
-    for version in sorted(done):
-        row = done[version]
-        table.add_row(str(version), *(f"{row[m]:.4f}" if m in row else "" for m in columns))
+    rows = {key: commit["metrics"] for key, commit in done.items()}
+    columns = [m for m in _METRICS if any(m in row for row in rows.values())]
+    names_prompts = len({digest for _, digest in rows}) > 1
+    prompts = ["prompts"] if names_prompts else []
+    table = Table("version", *prompts, *columns, title=f"{run}: held-out prompts")
+    for (version, digest), row in rows.items():
+        of = [digest[:8]] if names_prompts else []
+        table.add_row(str(version), *of, *(f"{row[m]:.4f}" if m in row else "" for m in columns))
     return table
 
 

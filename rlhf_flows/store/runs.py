@@ -39,12 +39,23 @@ class RunRecord:
 
 
 def open_run(
-    store: ObjectStore, name: str, *, config: dict[str, Any], may_change: frozenset[str]
+    store: ObjectStore,
+    name: str,
+    *,
+    config: dict[str, Any],
+    may_change: frozenset[str],
+    given: dict[str, Any] | None = None,
 ) -> RunRecord:
     """Create the run, or join it if it exists with this configuration.
 
-    `may_change` holds dotted names (`rollout.num_replicas`), each with all that is below it.
-    Raises `RunConflictError` that lists every other difference.
+    Args:
+        may_change: Dotted names (`rollout.num_replicas`), each with all that is below it.
+        given: The part of `config` that is not at its defaults; all of it if None. A field that the
+            run does not know and that is at its default came with a later version of this package,
+            and is no difference.
+
+    Raises:
+        RunConflictError: lists every other difference.
     """
     layout = RunLayout(name)
     asked = _as_json(config)
@@ -62,6 +73,8 @@ def open_run(
         for field in sorted(first.keys() | now.keys())
         if (field in first, first.get(field)) != (field in now, now.get(field))
     ]
+    said = now if given is None else dict(_leaves(_as_json(given)))
+    differing = [field for field in differing if field in first or field in said]
     conflicts = [field for field in differing if not _is_free(field, may_change)]
     if conflicts:
         difference = "; ".join(

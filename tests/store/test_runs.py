@@ -50,6 +50,19 @@ def test_a_field_that_is_gone_is_a_difference(local_store):
         open_run(local_store, "r", config=without, may_change=frozenset())
 
 
+def test_a_field_that_came_with_a_later_version_is_none_at_its_default(local_store):
+    opened(local_store)
+    later = CONFIG | {"fresh": {"limit": 3, "on": False}}
+
+    def opened_later(given):
+        return open_run(local_store, "r", config=later, given=given, may_change=MAY_CHANGE)
+
+    assert opened_later(given={"seed": 1}).changed == {}
+    with pytest.raises(RunConflictError, match=r"fresh\.limit: \(absent\) then, 3 now") as refusal:
+        opened_later(given={"seed": 1, "fresh": {"limit": 3}})
+    assert "fresh.on" not in str(refusal.value)
+
+
 def test_fields_that_may_change_do_and_are_reported(local_store):
     opened(local_store)
     models = {"policy": {"path": "m", "replicas": 8}}
