@@ -90,9 +90,14 @@ def sweep(
     elif todo:
         from rlhf_flows.deployments.sweep_runs import run_here
 
-        failed = run_here(
-            recipe, todo, file=config, parallel=parallel, say=lambda s: _say(console, s)
-        )
+        try:
+            failed = run_here(
+                recipe, todo, file=config, parallel=parallel, say=lambda s: _say(console, s)
+            )
+        except KeyboardInterrupt:
+            said = "interrupted: the same command goes on with what is missing"
+            _say(Console(stderr=True), said)
+            raise typer.Exit(130) from None
     if not submit:
         _show(first.store.url, planned.name, as_json=as_json)
     if failed:

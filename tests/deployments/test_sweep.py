@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +27,7 @@ from rlhf_flows.deployments.sweep_runs import run_here
 from rlhf_flows.deployments.sweep_table import draw_table, sweep_rows
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.store import RunLayout, commit_json, end_attempt, open_store, take_attempt
+from tests.deployments.worker import outcome, wait_for
 
 BASE = ["warmup_steps=4"]
 GRID = ["learning_rate=1e-4,3e-4", "runtime.num_episode=1,2"]
@@ -179,6 +183,39 @@ def test_a_run_that_fails_stops_no_other_and_says_why() -> None:
         (told,) = [text for text in said if text.startswith(f"bad-{i} failed with exit code 2")]
         assert "setting 'learning_rate'" in told
         assert f"found -{i}" in told
+
+
+@pytest.mark.long  # two quickstarts up to their first episode, and the one of them to its end
+def test_ctrl_c_ends_the_runs_that_are_under_way_and_the_same_command_goes_on(
+    tmp_path: Path,
+) -> None:
+    log = tmp_path / "sweep.log"
+    words = ["quickstart", "learning_rate=1e-4,3e-4", "runtime.num_episode=4", "--name", "s"]
+    sweep = [sys.executable, "-m", "rlhf_flows.cli", "sweep", *words, "--parallel", "2"]
+
+    def started() -> subprocess.Popen[bytes]:
+        with log.open("ab") as file:
+            return subprocess.Popen(
+                sweep,
+                cwd=tmp_path,
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    first = started()
+    attempts = [tmp_path / f"runs/s-00{n}/attempts/000001.json" for n in (1, 2)]
+    wait_for("both runs", lambda: all(a.exists() for a in attempts) or None)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does it
+    assert first.wait(120) == 130, log.read_text("utf-8")
+    assert "interrupted: the same command goes on" in log.read_text("utf-8")
+    for n in (1, 2):
+        assert outcome(tmp_path / f"runs/s-00{n}", 1) == "cancelled"
+
+    assert started().wait(280) == 0, log.read_text("utf-8")
+    rows = sweep_rows(open_store(str(tmp_path / "runs")), "s")
+    assert [row["state"] for row in rows] == ["completed", "completed"]
 
 
 def test_the_table_of_a_command_is_read_by_programs(

@@ -145,7 +145,7 @@ def test_the_command_line_reads_a_bucket(
         return capsys.readouterr().out
 
     listed = [line.split() for line in said("ls").splitlines()]
-    assert [[row[1], row[5:8], row[9]] for row in listed if "of" in row] == [
+    assert [[row[0], row[2:5], row[5]] for row in listed if "of" in row] == [
         ["killed", ["2", "of", "2"], "2"],
         ["whole", ["2", "of", "2"], "1"],
     ]
