@@ -13,6 +13,7 @@ from prefect.assets import Asset
 
 from rlhf_flows.exports import export_model
 from rlhf_flows.reporting.assets import Lineage, episode_asset, version_asset
+from rlhf_flows.services.prefect_server import end_events
 from tests.end_to_end.whole_run import learn, toy_engine
 from tests.reporting.test_artifacts import a_runtime
 
@@ -44,6 +45,7 @@ def upstream(event: dict[str, Any]) -> set[str]:
 def test_a_run_tells_what_was_made_from_what(
     services: str, prefect_server: str, tmp_path: Path
 ) -> None:
+    end_events(timeout_s=0)  # of a server that another test had in this process
     result = learn(toy_engine(), tmp_path, "lineage")
     url = f"file://{tmp_path}"
     last = result.version
