@@ -82,6 +82,7 @@ def test_a_killed_flow_process_is_followed_by_another_one_with_the_same_pools(
     assert len(pids(tmp_path / "calls")) == 1
 
 
+@pytest.mark.long  # heartbeats are missed for as long as they may be
 def test_a_run_whose_worker_died_with_it_goes_on_at_another_worker(
     client: SyncPrefectClient, ray_head: str, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def digests(store: Path, run: str) -> list[tuple[str, str]]:
     return [(r["digest"], r["averages"]["reference"]["digest"]) for r in records]
 
 
-@pytest.mark.slow
+@pytest.mark.long  # tests/end_to_end/test_kill.py does it to a run without an average
 def test_a_run_killed_around_every_commit_and_sync_ends_with_the_same_bits(
     store: Path, whole: str, services: str, tmp_path: Path
 ) -> None:

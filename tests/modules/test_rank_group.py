@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import psutil
@@ -109,20 +110,25 @@ def started(request: pytest.FixtureRequest) -> Iterator[Started]:
     ranks.end()
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("started", "lost", "says", "most_s"),
     [
         ((2, 1, "killed"), 1, "is gone; it has been in training step 3 of episode 2", 2.0),
         ((2, 0, "killed"), 0, "is gone or does not answer", 3.0),
         ((2, 1, "stopped"), 1, "does not answer; it has been in training step 3", TIMEOUT_S + 3),
-        ((2, 0, "stopped"), 0, "is gone or does not answer", TIMEOUT_S + 4),
+        slow((2, 0, "stopped"), 0, "is gone or does not answer", TIMEOUT_S + 4),
         ((2, 1, "slow"), 1, r"is at line \d+ of \S+test_rank_group.py \(lose\)", TIMEOUT_S + 3),
-        ((2, 1, "never enters"), 1, "is in no call; it has been idle for", TIMEOUT_S + 3),
-        ((2, 1, "raises"), 1, "it raised an error of its own in training step 3", TIMEOUT_S + 3),
+        slow((2, 1, "never enters"), 1, "is in no call; it has been idle for", TIMEOUT_S + 3),
+        slow(
+            (2, 1, "raises"), 1, "it raised an error of its own in training step 3", TIMEOUT_S + 3
+        ),
         # Those who do not talk to it notice nothing: they wait for their time.
-        ((4, 2, "killed"), 2, "is gone; it has been in training step 3", TIMEOUT_S + 3),
-        ((4, 2, "stopped"), 2, "does not answer; it has been in training step 3", TIMEOUT_S + 3),
-        ((4, 3, "slow"), 3, "is at line", TIMEOUT_S + 3),
+        slow((4, 2, "killed"), 2, "is gone; it has been in training step", TIMEOUT_S + 3),
+        slow((4, 2, "stopped"), 2, "does not answer; it has been in training ", TIMEOUT_S + 3),
+        slow((4, 3, "slow"), 3, "is at line", TIMEOUT_S + 3),
     ],
     indirect=["started"],
     ids=str,

@@ -179,6 +179,7 @@ async def test_a_rank_that_is_killed_is_named_and_takes_its_group_down_and_up(
     await works_anew(pool, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 async def test_a_rank_that_stops_in_a_collective_is_named_within_its_timeout(
     make_pool: MakePool, tmp_path: Path, victim: int
