@@ -7,7 +7,6 @@ from pathlib import Path
 from rlhf_flows.errors import ConfigError
 from rlhf_flows.records.finding import find_run, missing_version
 from rlhf_flows.services.environment import cache_folder, is_server_configured
-from rlhf_flows.services.prefect_server import end_events
 from rlhf_flows.store import (
     FolderRecord,
     ObjectStore,
@@ -19,8 +18,6 @@ from rlhf_flows.store import (
 from rlhf_flows.store.patience import BRIEF_S
 
 __all__ = ["export_model", "exported_model"]
-
-_TOLD_WITHIN_S = 10.0
 
 
 def exported_model(
@@ -69,7 +66,6 @@ def export_model(
         from rlhf_flows.reporting.assets import export_made
 
         export_made(store.url, run, version, folder)
-        end_events(timeout_s=_TOLD_WITHIN_S)  # now, and not for as long as the process likes
     return folder
 
 
